@@ -1,0 +1,18 @@
+"""Flat-minima training in JAX: every method an Optax gradient transformation."""
+
+from importlib.metadata import version as _version
+
+from optax_flat import schedules as schedules
+from optax_flat import training as training
+from optax_flat._core.masking import masked as masked
+from optax_flat._core.modes import ScannedState as ScannedState
+from optax_flat._core.modes import TransparentState as TransparentState
+from optax_flat._core.modes import eval_params as eval_params
+from optax_flat._core.modes import scanned as scanned
+from optax_flat._core.modes import transparent as transparent
+from optax_flat._core.walk import Walk as Walk
+from optax_flat._methods.local_entropy import entropy_adam as entropy_adam
+from optax_flat._methods.local_entropy import entropy_sgd as entropy_sgd
+from optax_flat._methods.local_entropy import local_entropy as local_entropy
+
+__version__ = _version("optax_flat")

@@ -1,0 +1,1 @@
+"""What every method stands on: walks, their two modes, noise, checks, trees."""

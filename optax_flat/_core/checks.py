@@ -1,0 +1,154 @@
+"""Argument checks: what was given, what is allowed, what to do.
+
+Values that are traced (under `jit` or `optax.inject_hyperparams`) and schedules
+cannot be checked before they run and pass.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_flat._core import trees
+
+
+def integer(name: str, value: Any, minimum: int) -> int:
+    """A static integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(
+            f"`{name}` must be a Python int >= {minimum}, got {value!r} of type "
+            f"{type(value).__name__}. It fixes the length of a loop, so it cannot be "
+            "a float, a schedule or a traced array; with optax.inject_hyperparams "
+            "name it in `static_args` (the factory's `.static_args` lists them)."
+        )
+    if value < minimum:
+        raise ValueError(
+            f"`{name}` must be an int >= {minimum}, got {value}. "
+            f"Give at least {minimum}."
+        )
+    return int(value)
+
+
+def number(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+) -> Any:
+    """A float or a schedule; a concrete float must lie in [low, high]."""
+    if callable(value) or isinstance(value, jax.core.Tracer):
+        return value
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}]".replace("inf]", "inf)")
+    if isinstance(value, bool) or not (np.isscalar(value) or hasattr(value, "dtype")):
+        raise TypeError(
+            f"`{name}` must be a float in {interval} or a schedule (a function of the "
+            f"number of outer updates), got {value!r} of type {type(value).__name__}."
+        )
+    try:
+        concrete = float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"`{name}` must be a scalar in {interval} or a schedule, got {value!r}."
+        ) from error
+    inside = low <= concrete <= high and not (open_low and concrete == low)
+    if not inside:
+        raise ValueError(
+            f"`{name}` must lie in {interval}, got {concrete:g}. Give a value inside, "
+            "or a schedule that stays inside."
+        )
+    return value
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
+    """One of a few strings."""
+    if value not in allowed:
+        raise ValueError(
+            f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}."
+        )
+    return value
+
+
+def key(value: Any) -> jax.Array:
+    """A typed PRNG key from a typed key, a raw key or an int seed."""
+    if isinstance(value, int | np.integer) and not isinstance(value, bool):
+        return jax.random.key(int(value))
+    if trees.is_key(value) and value.shape == ():
+        return value
+    if getattr(value, "dtype", None) == jnp.uint32 and value.ndim == 1:
+        return jax.random.wrap_key_data(jnp.asarray(value))
+    raise ValueError(
+        "`key` must be one typed key (jax.random.key(0)), one raw key "
+        f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Members of a "
+        "population need one key each: vmap over the factory and `init` together."
+    )
+
+
+def transformation(name: str, value: Any) -> optax.GradientTransformation:
+    """An Optax gradient transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise TypeError(
+            f"`{name}` must be an optax.GradientTransformation such as "
+            f"optax.clip_by_global_norm(1.0), got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    return value
+
+
+def float_params(params: Any) -> None:
+    """Params are given and every leaf is a real floating-point array."""
+    if params is None:
+        raise ValueError(
+            "`params` must be passed to `update` as the third argument, got None. "
+            "Call tx.update(grads, opt_state, params)."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        dtype = getattr(leaf, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"`params` must hold floating-point arrays only, got {leaf!r} of "
+                f"dtype {dtype} at {jax.tree_util.keystr(path) or 'the root'}. Keep "
+                "other leaves out with optax_flat.masked, or filter them first."
+            )
+
+
+def same_structure(what: str, tree: Any, params: Any) -> None:
+    """`tree` has the structure and the shapes of `params`."""
+    got, expected = jax.tree.structure(tree), jax.tree.structure(params)
+    if got != expected:
+        hint = (
+            " It returned a tuple: if it returns (grads, aux), build the optimizer "
+            "with has_aux=True."
+            if isinstance(tree, tuple) and not isinstance(params, tuple)
+            else " Return the gradient with respect to the params and nothing else."
+        )
+        raise ValueError(
+            f"{what} must have the structure of `params`.\n  got:      {got}\n"
+            f"  expected: {expected}\n{hint}"
+        )
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]
+    expected_shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    if shapes != expected_shapes:
+        raise ValueError(
+            f"{what} must have the shapes of `params`, got {shapes}, expected "
+            f"{expected_shapes}."
+        )
+
+
+def leading_axis(batches: Any, length: int) -> None:
+    """Every leaf of `batches` has the leading axis `length`."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batches):
+        shape = jnp.shape(leaf)
+        if not shape or shape[0] != length:
+            raise ValueError(
+                f"`batches` must stack {length} minibatches, one for each gradient of "
+                "the walk but the first (which is the gradient given to `update`): "
+                f"leading axis {length}, got shape {shape} at "
+                f"batches{jax.tree_util.keystr(path)}. With all {length + 1} "
+                "minibatches in one stack, pass `x[1:]` of every array `x`."
+            )

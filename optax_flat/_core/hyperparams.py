@@ -1,0 +1,76 @@
+"""Hyperparameters that are floats or schedules, and arguments that stay static."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+
+P = ParamSpec("P")
+
+
+class Factory(Protocol[P]):
+    """A function that makes an optimizer and names its static arguments."""
+
+    static_args: tuple[str, ...]
+
+    def __call__(
+        self, *args: P.args, **kwargs: P.kwargs
+    ) -> optax.GradientTransformationExtraArgs:
+        """Makes the optimizer."""
+        ...
+
+
+def static_args(
+    *names: str,
+) -> Callable[
+    [Callable[P, optax.GradientTransformationExtraArgs]],
+    Factory[P],
+]:
+    """Marks a factory's arguments that `optax.inject_hyperparams` must not touch."""
+
+    def mark(factory: Callable[P, Any]) -> Factory[P]:
+        setattr(factory, "static_args", names)  # noqa: B010 - a plain function
+        return cast(Factory[P], factory)
+
+    return mark
+
+
+def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
+    """The value of a float or a schedule at an outer update."""
+    return value(count) if callable(value) else value
+
+
+class ScheduledState(NamedTuple):
+    """State of `scheduled`: the number of updates and the optimizer's own state."""
+
+    count: jax.Array  # int32, []
+    inner_state: optax.OptState
+
+
+def scheduled(
+    factory: Callable[..., optax.GradientTransformation], **hyperparams: Any
+) -> optax.GradientTransformation:
+    """`factory(**hyperparams)`, where any hyperparameter may be a schedule.
+
+    Unlike `optax.inject_hyperparams` it keeps constants out of the state, so that they
+    are neither rounded to the params' dtype nor frozen at `init` when they are traced.
+    """
+    if not any(callable(value) for value in hyperparams.values()):
+        return factory(**hyperparams)
+
+    def build(count):
+        return factory(
+            **{name: at(value, count) for name, value in hyperparams.items()}
+        )
+
+    def init(params):
+        count = jnp.zeros([], jnp.int32)
+        return ScheduledState(count, build(count).init(params))
+
+    def update(updates, state, params=None):
+        updates, inner = build(state.count).update(updates, state.inner_state, params)
+        return updates, ScheduledState(optax.safe_increment(state.count), inner)
+
+    return optax.GradientTransformation(init, update)

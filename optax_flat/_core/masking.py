@@ -1,0 +1,93 @@
+"""Frozen leaves for methods that evaluate gradients themselves."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flat._core import trees
+
+
+def masked(
+    inner: optax.GradientTransformation,
+    mask: Any | Callable[[optax.Params], Any],
+) -> optax.GradientTransformationExtraArgs:
+    """Applies a transformation to some leaves and keeps the others bit-equal.
+
+    `optax.masked` replaces the other leaves by placeholders, which a method in scanned
+    mode would hand on to the user's loss. Here the frozen leaves are merged back before
+    `grad_fn` (or `value_fn`) sees the params, and only the selected gradients return.
+
+    Unlike `optax.masked`, which passes the gradients of the other leaves through as
+    updates, this one returns zeros for them: they stay where they are.
+
+    Args:
+      inner: the transformation for the selected leaves.
+      mask: a tree of bools, or a prefix of one, True for the leaves to train; or a
+        function that makes it from the params.
+
+    Returns:
+      A transformation whose state is an `optax.MaskedState`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_flat
+      >>> params = {"frozen": jnp.array(2.0), "trained": jnp.array(1.0)}
+      >>> grad_fn = jax.grad(lambda p, batch: p["frozen"] * p["trained"] ** 2)
+      >>> tx = optax_flat.masked(
+      ...     optax_flat.entropy_sgd(1.0, num_steps=5, key=0),
+      ...     {"frozen": False, "trained": True})
+      >>> updates, _ = tx.update(grad_fn(params, 0), tx.init(params), params,
+      ...                        grad_fn=grad_fn)
+      >>> float(updates["frozen"]), bool(updates["trained"] < 0)
+      (0.0, True)
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def select(tree, like):
+        flags = mask(like) if callable(mask) else mask
+        return jax.tree.map(
+            lambda flag, leaf: leaf if flag else optax.MaskedNode(), flags, tree
+        )
+
+    def init(params):
+        return optax.MaskedState(inner.init(select(params, params)))
+
+    def update(
+        updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
+    ):
+        if params is None:
+            raise ValueError(
+                "`params` must be passed to `update` of optax_flat.masked, got None: "
+                "the frozen leaves come from there."
+            )
+
+        def whole(point):
+            return trees.map_selected(lambda s, _: s, point, params)
+
+        def selected_grad_fn(point, batch, *aux):
+            out = grad_fn(whole(point), batch, *aux)
+            if aux:
+                return select(out[0], params), out[1]
+            return select(out, params)
+
+        functions = {}
+        if grad_fn is not None:
+            functions["grad_fn"] = selected_grad_fn
+        if value_fn is not None:
+            functions["value_fn"] = lambda point: value_fn(whole(point))
+        selected, inner_state = inner.update(
+            select(updates, params),
+            state.inner_state,
+            select(params, params),
+            **functions,
+            **extra_args,
+        )
+        frozen = jax.tree.map(jnp.zeros_like, params)
+        return (
+            trees.map_selected(lambda s, _: s, selected, frozen),
+            optax.MaskedState(inner_state),
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -1,0 +1,424 @@
+"""The two ways to run a walk: all of it in one update, or one gradient per update.
+
+`scanned` evaluates the walk's further gradients itself, inside `jax.lax.scan`.
+`transparent` takes one gradient per call and moves the params to the point where it
+wants the next one, so that any training loop works unchanged. Both call the same
+`Walk`, which is why they agree to rounding.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flat._core import checks, trees
+from optax_flat._core.walk import Walk
+
+MODES = ("scanned", "transparent")
+
+
+@runtime_checkable
+class Evaluable(Protocol):
+    """An optimizer state that knows where to evaluate the model."""
+
+    def eval_params(self, params: optax.Params) -> optax.Params:
+        """The params to evaluate and to save."""
+        ...
+
+
+class ScannedState(NamedTuple):
+    """State of a walk in scanned mode."""
+
+    gradient_evaluations: jax.Array  # int32, [], gradients consumed so far
+    skipped: jax.Array  # int32, [], outer updates skipped as non-finite
+    memory: Any  # the walk's own state between outer updates
+
+    def eval_params(self, params: optax.Params) -> optax.Params:
+        """The anchor: params, moved by the walk's offset where it has one."""
+        return _anchor(self.memory, params)
+
+
+class TransparentState(NamedTuple):
+    """State of a walk in transparent mode.
+
+    `step` is 0 exactly when an outer update was just made (or none yet): the moment to
+    log, to save and to keep batch statistics.
+    """
+
+    gradient_evaluations: jax.Array  # int32, [], gradients consumed so far
+    skipped: jax.Array  # int32, [], outer updates skipped as non-finite
+    memory: Any  # the walk's own state between outer updates
+    # All below belongs to the current walk.
+    step: jax.Array  # int32, [], gradients consumed in this walk, in [0, length)
+    first_point: optax.Params  # where the walk started, in the params' dtype
+    inner: Any  # the walk's state
+    inner_transform_state: optax.OptState
+
+    def eval_params(self, params: optax.Params) -> optax.Params:
+        """The anchor, whatever point of the walk the params stand on."""
+        at_start = self.step == 0
+        first_point = trees.map_selected(
+            lambda first, p: jnp.where(at_start, p, first), self.first_point, params
+        )
+        return _anchor(self.memory, first_point)
+
+
+class _Walker(NamedTuple):
+    """A walk with its inner transformation: what both modes do with one gradient."""
+
+    walk: Walk
+    inner_transform: optax.GradientTransformation
+    skip_nonfinite: bool
+
+    def begin(self, memory, params):
+        inner = self.walk.start(memory, params)
+        return inner, self.inner_transform.init(inner.point)
+
+    def consume(self, memory, inner, transform_state, grads):
+        # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
+        grads = trees.cast_like(grads, inner.point)
+        grads, new_transform_state = self.inner_transform.update(
+            grads, transform_state, inner.point
+        )
+        new_inner = self.walk.step(memory, inner, grads)
+        # Loops and conditionals need the same types before and after.
+        return (
+            trees.cast_like(new_inner, inner),
+            trees.cast_like(new_transform_state, transform_state),
+        )
+
+    def finish(self, memory, inner, first_point):
+        """Updates in the params' dtype, the new memory, and whether it was skipped."""
+        updates, new_memory = self.walk.finish(memory, inner, first_point)
+        updates = trees.cast_like(updates, first_point)
+        new_memory = trees.cast_like(new_memory, memory)
+        if not self.skip_nonfinite:
+            return updates, new_memory, jnp.zeros([], jnp.int32)
+        finite = trees.all_finite((inner, updates, new_memory))
+        updates = trees.where(finite, updates, optax.tree.zeros_like(updates))
+        new_memory = trees.where(finite, new_memory, memory)
+        return updates, new_memory, jnp.where(finite, 0, 1).astype(jnp.int32)
+
+
+def scanned(
+    walk: Walk,
+    *,
+    inner_transform: optax.GradientTransformation | None = None,
+    unroll: int | bool = 1,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a walk of L gradients inside one call of `update`.
+
+    The gradient given to `update` is the first one of the walk, so nothing is thrown
+    away; the other L - 1 come from `grad_fn`, inside `jax.lax.scan`::
+
+        update(grads, state, params, *, grad_fn, batches=None, aux=None, **extra_args)
+
+    `grad_fn(point, batch)` returns the gradient at a point of the walk, which has the
+    params' structure and dtype. `batches` is a pytree whose leaves have the leading
+    axis L - 1; without it `grad_fn` gets the index 0, ..., L - 2. A caller that passes
+    only `value_fn(params)` has it differentiated. Make `grad_fn` inside the jitted
+    training step: it is not a valid argument of a jitted function. Extra arguments that
+    are not ours are ignored.
+
+    On the CPU backend a convolution inside `lax.scan` runs several times slower than
+    outside; `unroll=True` avoids the loop at the price of a longer compilation.
+
+    Args:
+      walk: the method.
+      inner_transform: a transformation applied to *every* gradient of the walk, the
+        first included: clipping, weight decay, inner momentum, `pmean`. It sees the
+        point as params, in the walk's accumulator dtype, and its state starts afresh
+        at every outer update. (A transformation chained in front reaches only the
+        gradient given to `update`.)
+      unroll: as in `jax.lax.scan`.
+      has_aux: whether `grad_fn` is `(point, batch, aux) -> (grads, aux)`. `aux` (batch
+        statistics, dropout keys) is given to `update`, threaded through the scan and
+        dropped at its end, so the statistics that move are those of the first, clean
+        pass, which the caller made.
+      skip_nonfinite: whether an outer update in which anything became NaN or infinite
+        ends with zero updates and unchanged memory, and is counted in `skipped`.
+
+    Returns:
+      A transformation whose one `update` is one outer update.
+
+    Raises:
+      TypeError: an argument of the wrong type, or params that are not floating point.
+      ValueError: `walk.length` below 1; or, when `update` is traced, no params, no
+        `grad_fn`, gradients of another structure, batches of another length.
+
+    Example:
+      See `optax_flat.Walk`.
+    """
+    walker = _walker(walk, inner_transform, skip_nonfinite)
+
+    def init(params):
+        checks.float_params(params)
+        zero = jnp.zeros([], jnp.int32)
+        memory = walk.init(trees.concrete(params))
+        return ScannedState(zero, jnp.copy(zero), trees.copy(memory))
+
+    def update(
+        updates,
+        state,
+        params=None,
+        *,
+        grad_fn=None,
+        batches=None,
+        aux=None,
+        value_fn=None,
+        **extra_args,
+    ):
+        del extra_args
+        checks.float_params(params)
+        checks.same_structure("The gradient given to `update`", updates, params)
+        memory = state.memory
+        inner, transform_state = walker.begin(memory, params)
+        inner, transform_state = walker.consume(memory, inner, transform_state, updates)
+        if walk.length > 1:
+            gradient = _gradient_function(grad_fn, value_fn, has_aux, walk.length)
+            if batches is None:
+                batches = jnp.arange(walk.length - 1)
+            checks.leading_axis(batches, walk.length - 1)
+
+            def body(carry, batch):
+                inner, transform_state, aux = carry
+                point = trees.cast_like(inner.point, params)
+                grads, aux = gradient(point, batch, aux)
+                checks.same_structure(
+                    "The gradient that `grad_fn` returns", grads, params
+                )
+                inner, transform_state = walker.consume(
+                    memory, inner, transform_state, grads
+                )
+                return (inner, transform_state, aux), None
+
+            carry = (inner, transform_state, aux)
+            (inner, *_), _ = jax.lax.scan(
+                body, carry, batches, length=walk.length - 1, unroll=unroll
+            )
+        updates, memory, skipped = walker.finish(memory, inner, params)
+        return updates, ScannedState(
+            _saturating_add(state.gradient_evaluations, walk.length),
+            _saturating_add(state.skipped, skipped),
+            memory,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def transparent(
+    walk: Walk,
+    *,
+    inner_transform: optax.GradientTransformation | None = None,
+    skip_nonfinite: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Runs a walk with one call of `update` per gradient.
+
+    Between calls the params stand on the point where the next gradient is wanted; every
+    `walk.length` calls they make the outer update. Any training loop works unchanged,
+    but whatever looks at the params in between sees a point of the walk:
+    `eval_params(opt_state, params)` gives the anchor back. The anchor is restored by
+    difference, so updates must be applied as they are: transformations that scale or
+    clip belong into `inner_transform` or in front, not behind.
+
+    Args:
+      walk: the method.
+      inner_transform: a transformation applied to every gradient; its state starts
+        afresh at every outer update, see `scanned`.
+      skip_nonfinite: whether an outer update in which anything became NaN or infinite
+        ends at its first point with unchanged memory and is counted in `skipped`. The
+        params themselves never become non-finite then.
+
+    Returns:
+      A transformation with `update(grads, state, params, **extra_args)`.
+
+    Raises:
+      TypeError: an argument of the wrong type, or params that are not floating point.
+      ValueError: `walk.length` below 1; or, when `update` is traced, no params or
+        gradients of another structure.
+
+    Example:
+      The same walk in both modes ends at the same params:
+
+      >>> import jax, jax.numpy as jnp, optax, optax_flat
+      >>> grad = jax.grad(lambda p, t: jnp.sum((p - t) ** 2))
+      >>> targets = jnp.array([1.0, 2.0, 4.0])
+      >>> start = jnp.zeros(2)
+      >>> def make(mode):
+      ...     return optax_flat.entropy_sgd(0.5, num_steps=3, mode=mode, key=0)
+      >>> tx = make("transparent")
+      >>> params, state = start, tx.init(start)
+      >>> for t in targets:
+      ...     updates, state = tx.update(grad(params, t), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> tx = make("scanned")
+      >>> updates, _ = tx.update(grad(start, targets[0]), tx.init(start), start,
+      ...                        grad_fn=grad, batches=targets[1:])
+      >>> bool(jnp.allclose(params, optax.apply_updates(start, updates)))
+      True
+    """
+    walker = _walker(walk, inner_transform, skip_nonfinite)
+
+    def init(params):
+        checks.float_params(params)
+        params = trees.concrete(params)
+        memory = walk.init(params)
+        inner, transform_state = walker.begin(memory, params)
+        zero = jnp.zeros([], jnp.int32)
+        # A walk starts with several names for the params; donation needs one buffer each.
+        return trees.copy(
+            TransparentState(zero, zero, memory, zero, params, inner, transform_state)
+        )
+
+    def update(updates, state, params=None, **extra_args):
+        del extra_args
+        checks.float_params(params)
+        checks.same_structure("The gradient given to `update`", updates, params)
+        memory = state.memory
+        fresh = (params, *walker.begin(memory, params))
+        kept = (state.first_point, state.inner, state.inner_transform_state)
+        first_point, inner, transform_state = trees.where(
+            state.step == 0, trees.cast_like(fresh, kept), kept
+        )
+        inner, transform_state = walker.consume(memory, inner, transform_state, updates)
+
+        def move(memory, inner, first_point, params):
+            target = inner.point
+            if skip_nonfinite:
+                target = trees.where(trees.all_finite(inner), target, params)
+            return _difference(target, params), memory, jnp.zeros([], jnp.int32)
+
+        def outer_update(memory, inner, first_point, params):
+            updates, memory, skipped = walker.finish(memory, inner, first_point)
+            target = optax.apply_updates(first_point, updates)
+            return _difference(target, params), memory, skipped
+
+        last = state.step == walk.length - 1
+        updates, memory, skipped = jax.lax.cond(
+            last, outer_update, move, memory, inner, first_point, params
+        )
+        return updates, TransparentState(
+            _saturating_add(state.gradient_evaluations, 1),
+            _saturating_add(state.skipped, skipped),
+            memory,
+            jnp.where(last, 0, state.step + 1).astype(jnp.int32),
+            first_point,
+            inner,
+            transform_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """The params to evaluate, to log and to save.
+
+    In transparent mode the params wander between outer updates; this gives the anchor
+    of the walk back, at any moment. It finds the states inside `optax.chain`,
+    `masked`, `partition`, `inject_hyperparams`, `MultiSteps` and `apply_if_finite`.
+    For an optimizer whose params never leave their anchor it returns them as they are,
+    so code that calls it serves every optimizer.
+
+    Args:
+      opt_state: the state of an optimizer that contains any number of our methods.
+      params: the current params.
+
+    Returns:
+      Params of the same structure and dtype.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_flat
+      >>> tx = optax.chain(
+      ...     optax.clip(1.0),
+      ...     optax_flat.entropy_sgd(0.5, num_steps=4, mode="transparent", key=0))
+      >>> start = jnp.array([1.0, 2.0])
+      >>> updates, state = tx.update(2 * start, tx.init(start), start)
+      >>> params = optax.apply_updates(start, updates)
+      >>> bool(jnp.any(params != start))
+      True
+      >>> bool(jnp.all(optax_flat.eval_params(state, params) == start))
+      True
+    """
+    for state in states(opt_state, Evaluable):
+        params = state.eval_params(params)
+    return params
+
+
+def states(opt_state: optax.OptState, kind: type) -> list[Any]:
+    """All outermost states of a kind inside an optimizer's state."""
+    leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
+    return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def build(
+    walk: Walk,
+    *,
+    mode: str,
+    inner_transform: optax.GradientTransformation | None,
+    unroll: int | bool,
+    has_aux: bool,
+    skip_nonfinite: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """The walk in the mode that a method's user asked for."""
+    checks.choice("mode", mode, MODES)
+    if mode == "transparent":
+        return transparent(
+            walk, inner_transform=inner_transform, skip_nonfinite=skip_nonfinite
+        )
+    return scanned(
+        walk,
+        inner_transform=inner_transform,
+        unroll=unroll,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
+    )
+
+
+def _walker(walk, inner_transform, skip_nonfinite):
+    checks.integer("walk.length", walk.length, 1)
+    if inner_transform is None:
+        inner_transform = optax.identity()
+    checks.transformation("inner_transform", inner_transform)
+    return _Walker(walk, inner_transform, skip_nonfinite)
+
+
+def _gradient_function(
+    grad_fn, value_fn, has_aux, length
+) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
+    """`(point, batch, aux) -> (grads, aux)` from what the caller passed."""
+    if grad_fn is not None and has_aux:
+        return grad_fn
+    if grad_fn is not None:
+        return lambda point, batch, aux: (grad_fn(point, batch), aux)
+    if value_fn is not None:
+        return lambda point, batch, aux: (jax.grad(value_fn)(point), aux)
+    raise ValueError(
+        f"`grad_fn` must be passed to `update` in scanned mode: this method needs "
+        f"{length} gradients per update and was given one. Call tx.update(grads, "
+        "opt_state, params, grad_fn=lambda params, batch: jax.grad(loss)(params, "
+        "batch), batches=...), use optax_flat.training.make_train_step, or build the "
+        'optimizer with mode="transparent".'
+    )
+
+
+def _anchor(memory, first_point):
+    offset = getattr(memory, "offset", None)
+    if offset is None:
+        return first_point
+    return trees.map_selected(lambda o, p: (p + o).astype(p.dtype), offset, first_point)
+
+
+def _difference(target, params):
+    """What to add to params to stand on the target, in the params' dtype."""
+    return jax.tree.map(lambda t, p: (t - p).astype(p.dtype), target, params)
+
+
+def _saturating_add(count, increment):
+    # int32 counters stay at their maximum instead of turning negative.
+    return jnp.where(
+        count > jnp.iinfo(count.dtype).max - increment, count, count + increment
+    )

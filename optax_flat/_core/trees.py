@@ -1,0 +1,85 @@
+"""Pytree helpers: dtypes, copies, norms and selections."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether a leaf is a typed PRNG key (or an array of them)."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
+    """Params in the dtype of anchors and means: `dtype`, or at least float32."""
+
+    def cast(leaf):
+        return leaf.astype(dtype or jnp.promote_types(leaf.dtype, jnp.float32))
+
+    return jax.tree.map(cast, params)
+
+
+def cast_like(tree: Any, like: Any) -> Any:
+    """Each leaf in the dtype of its partner, without weak types."""
+
+    def cast(leaf, partner):
+        return leaf if is_key(partner) else jnp.asarray(leaf, partner.dtype)
+
+    return jax.tree.map(cast, tree, like)
+
+
+def concrete(tree: Any) -> Any:
+    """The same tree with zeros where it holds only `jax.ShapeDtypeStruct`."""
+
+    def make(leaf):
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
+
+    return jax.tree.map(make, tree)
+
+
+def copy(tree: Any) -> Any:
+    """Every leaf in a buffer of its own, so that state and params can be donated."""
+
+    def duplicate(leaf):
+        return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)
+
+    return jax.tree.map(duplicate, tree)
+
+
+def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+    """`on_true` if the scalar condition holds, else `on_false`, leaf by leaf."""
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
+
+
+def all_finite(tree: Any) -> jax.Array:
+    """True if no floating-point leaf holds NaN or infinity."""
+    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+
+
+def vdot(a: Any, b: Any) -> jax.Array:
+    """Inner product over the whole tree, summed in at least float32."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), accumulator(a), accumulator(b))
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+
+def norm(tree: Any) -> jax.Array:
+    """Euclidean norm over the whole tree, summed in at least float32."""
+    return jnp.sqrt(vdot(tree, tree))
+
+
+def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> Any:
+    """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`."""
+
+    def is_masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
+    return jax.tree.map(
+        lambda s, w: w if is_masked(s) else fn(s, w), selected, whole, is_leaf=is_masked
+    )

@@ -1,0 +1,586 @@
+r"""Local entropy: Entropy-SGD and Entropy-Adam.
+
+Instead of the loss f, descend its local entropy, the log-volume of low loss around x:
+
+    F(x, gamma) = log integral exp(-f(x') - gamma/2 ||x - x'||^2) dx'
+
+Wide valleys have more of it than sharp ones. Its gradient needs only the mean <x'> of
+the Gibbs distribution in the integral, -grad F = gamma (x - <x'>), and a short Langevin
+walk estimates that mean. One outer update is
+
+    gamma_t = gamma (1 + scoping)^t,   t = 0, 1, 2, ... counts outer updates
+    x' = mu = x
+    repeat num_steps times, each with a new minibatch:
+        x' <- x' - step_size (g(x') + gamma_t (x' - x)) + sqrt(step_size) noise z
+        mu <- (1 - averaging) mu + averaging x'
+    d = x - mu   goes to the outer optimizer as its gradient
+
+where z has mean 0 and variance 1. gamma is left out of d: gamma (x - mu) would grow with
+scoping and fight the decay of the learning rate.
+
+Paper: Chaudhari et al., arXiv 1611.01838 (ICLR 2017). Codes: ucla-vision/entropy-sgd
+(the authors'), and the Keras package EntropySGD. How we differ from each is at the end
+of `entropy_sgd`'s docstring.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_flat import schedules
+from optax_flat._core import checks, modes, trees
+from optax_flat._core.hyperparams import at, scheduled, static_args
+from optax_flat._core.noise import KINDS, draw
+from optax_flat._core.walk import Walk
+
+# What optax.inject_hyperparams must leave alone: structure, not numbers.
+_STATIC = (
+    "num_steps",
+    "noise_kind",
+    "inner_transform",
+    "mode",
+    "unroll",
+    "has_aux",
+    "skip_nonfinite",
+    "accumulator_dtype",
+    "diagnostics",
+    "key",
+)
+
+
+class Diagnostics(NamedTuple):
+    """What the authors' code prints in verbose mode, for the last outer update."""
+
+    gradient_norm: jax.Array  # [], ||g||, the first gradient of the walk
+    local_entropy_gradient_norm: jax.Array  # [], ||d||, d = x - mu
+    cosine: jax.Array  # [], <g, d> / (||g|| ||d||), 0 if either is zero
+    mean_distance: jax.Array  # [], mean over the walk of ||x' - x||
+    gamma: jax.Array  # [], gamma_t of that update
+
+
+class LocalEntropyState(NamedTuple):
+    """What lives between outer updates."""
+
+    count: jax.Array  # int32, [], outer updates made
+    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the counts
+    outer_state: optax.OptState
+    diagnostics: Diagnostics | None  # None unless asked for
+
+
+class _Trace(NamedTuple):
+    """What the diagnostics need from a walk."""
+
+    first_gradient: optax.Updates
+    distance: jax.Array  # [], sum over the walk of ||x' - x||
+
+
+class _Inner(NamedTuple):
+    """A walk under way; the trees are in the accumulator dtype."""
+
+    # Constant during the walk.
+    anchor: optax.Params
+    # Changing at every step.
+    step: jax.Array  # int32, []
+    point: optax.Params
+    mean: optax.Params
+    trace: _Trace | None
+
+
+class _Hyperparams(NamedTuple):
+    """The numbers of a walk, each a float or a schedule of outer updates."""
+
+    step_size: optax.ScalarOrSchedule
+    gamma: optax.ScalarOrSchedule
+    scoping: optax.ScalarOrSchedule
+    noise: optax.ScalarOrSchedule
+    averaging: optax.ScalarOrSchedule
+
+    def gamma_at(self, count: jax.Array) -> jax.Array:
+        """gamma_t."""
+        return schedules.scoping(at(self.gamma, count), at(self.scoping, count))(count)
+
+
+def _walk(
+    outer: optax.GradientTransformation,
+    hyperparams: _Hyperparams,
+    *,
+    num_steps: int,
+    noise_kind: str,
+    accumulator_dtype: Any,
+    diagnostics: bool,
+    key: jax.Array,
+) -> Walk:
+    # Known when the program is built, so the draws are left out of it.
+    noiseless = isinstance(hyperparams.noise, int | float) and hyperparams.noise == 0
+
+    def init(params):
+        empty = Diagnostics(*jnp.zeros([5])) if diagnostics else None
+        outer_state = outer.init(trees.accumulator(params, accumulator_dtype))
+        return LocalEntropyState(jnp.zeros([], jnp.int32), key, outer_state, empty)
+
+    def start(memory, params):
+        x = trees.accumulator(params, accumulator_dtype)
+        trace = None
+        if diagnostics:
+            trace = _Trace(optax.tree.zeros_like(x), jnp.zeros([]))
+        return _Inner(x, jnp.zeros([], jnp.int32), x, x, trace)
+
+    def step(memory, inner, grads):
+        t = memory.count
+        eta = at(hyperparams.step_size, t)
+        # The published step overshoots the anchor when step_size * gamma_t > 1 and
+        # diverges above 2, which scoping reaches sooner or later; 1 puts x' back on it.
+        spring = jnp.minimum(eta * hyperparams.gamma_at(t), 1.0)
+        point = jax.tree.map(
+            lambda p, g, x: p - eta * g - spring * (p - x),
+            inner.point, grads, inner.anchor,
+        )  # fmt: skip
+        if not noiseless:
+            step_key = jax.random.fold_in(jax.random.fold_in(memory.key, t), inner.step)
+            scale = jnp.sqrt(eta) * at(hyperparams.noise, t)
+            z = draw(step_key, point, noise_kind)
+            point = jax.tree.map(lambda p, z: p + scale * z, point, z)
+        weight = at(hyperparams.averaging, t)
+        mean = jax.tree.map(
+            lambda m, p: (1.0 - weight) * m + weight * p, inner.mean, point
+        )
+        trace = inner.trace
+        if trace is not None:
+            distance = trees.norm(optax.tree.sub(point, inner.anchor))
+            trace = _Trace(
+                trees.where(inner.step == 0, grads, trace.first_gradient),
+                trace.distance + distance,
+            )
+        return _Inner(inner.anchor, inner.step + 1, point, mean, trace)
+
+    def finish(memory, inner, params):
+        d = optax.tree.sub(inner.anchor, inner.mean)
+        updates, outer_state = outer.update(d, memory.outer_state, inner.anchor)
+        report = memory.diagnostics
+        if inner.trace is not None:
+            g = inner.trace.first_gradient
+            product = trees.norm(g) * trees.norm(d)
+            safe = jnp.where(product > 0, product, 1.0)
+            cosine = jnp.where(product > 0, trees.vdot(g, d) / safe, 0.0)
+            report = Diagnostics(
+                trees.norm(g),
+                trees.norm(d),
+                cosine,
+                inner.trace.distance / num_steps,
+                hyperparams.gamma_at(memory.count),
+            )
+        count = optax.safe_increment(memory.count)
+        return updates, LocalEntropyState(count, memory.key, outer_state, report)
+
+    return Walk(num_steps, init, start, step, finish)
+
+
+@static_args("outer", *_STATIC)
+def local_entropy(
+    outer: optax.GradientTransformation,
+    *,
+    num_steps: int = 20,
+    step_size: optax.ScalarOrSchedule = 0.1,
+    gamma: optax.ScalarOrSchedule = 0.03,
+    scoping: optax.ScalarOrSchedule = 1e-3,
+    noise: optax.ScalarOrSchedule = 1e-4,
+    averaging: optax.ScalarOrSchedule = 0.75,
+    noise_kind: str = "normal",
+    inner_transform: optax.GradientTransformation | None = None,
+    mode: str = "scanned",
+    unroll: int | bool = 1,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+    accumulator_dtype: Any = None,
+    diagnostics: bool = False,
+    key: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Feeds the local-entropy gradient to any outer optimizer.
+
+    One outer update from the params :math:`x` is
+
+    .. math::
+        \begin{align*}
+        x' &\leftarrow x' - \eta' (g(x') + \gamma_t (x' - x))
+            + \sqrt{\eta'}\,\epsilon z \qquad (L \text{ times, from } x' = \mu = x) \\
+        \mu &\leftarrow (1 - \alpha) \mu + \alpha x' \\
+        d &= x - \mu
+        \end{align*}
+
+    with L = `num_steps`, :math:`\eta'` = `step_size`, :math:`\epsilon` = `noise`,
+    :math:`\alpha` = `averaging` and :math:`\gamma_t` = `gamma` (1 + `scoping`)^t; t
+    counts outer updates. `outer` is given d in the place of a gradient. Every float may
+    be a schedule of t.
+
+    The first gradient is the one given to `update`; scanned mode gets the other L - 1
+    from `grad_fn` and `batches` (see `optax_flat.scanned`), transparent mode takes one
+    per call (see `optax_flat.transparent`). An outer update spends L gradient
+    evaluations, which the state counts in `gradient_evaluations`.
+
+    Args:
+      outer: an Optax optimizer that takes d, e.g. ``optax.sgd(1.0)``. It sees the anchor
+        x as params, and all its state is in the accumulator dtype.
+      num_steps: inner steps per outer update, >= 1.
+      step_size: step of the walk, >= 0.
+      gamma: stiffness of the spring that holds the walk near x, >= 0.
+      scoping: growth of gamma per outer update, > -1.
+      noise: inner noise, >= 0; an inner step is displaced by
+        ``sqrt(step_size) * noise * z``, so the walk has the temperature noise^2 / 2.
+      averaging: weight of the *new* iterate in the running mean, in (0, 1].
+      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
+        same weak order.
+      inner_transform: an Optax transformation of every inner gradient, before the spring
+        and the noise: clipping, weight decay, momentum. Its state starts afresh at
+        every outer update.
+      mode: "scanned" (one call of `update` is one outer update) or "transparent" (one
+        call is one gradient).
+      unroll: scanned mode only, as in `jax.lax.scan`; True for convolutions on CPU.
+      has_aux: scanned mode only: `grad_fn` is ``(params, batch, aux) -> (grads, aux)``.
+      skip_nonfinite: an outer update in which anything became non-finite changes
+        nothing and is counted in the state's `skipped`.
+      accumulator_dtype: dtype of anchor, walk and mean; None is at least float32.
+      diagnostics: whether the state reports what the authors' code prints in verbose
+        mode, see the example.
+      key: a typed or raw PRNG key, or an int.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: an argument outside the range given above, or no key.
+      TypeError: `num_steps` that is not an int, an `outer` or `inner_transform` that is
+        not a transformation.
+
+    Example:
+      On a quadratic the walk's mean tends to the mean of the Gibbs distribution,
+      (H + gamma)^-1 (H c + gamma x), so d tends to a shrunken, preconditioned gradient:
+
+      >>> import jax, jax.numpy as jnp, optax, optax_flat
+      >>> h, c = jnp.array([4.0, 1.0]), jnp.array([1.0, -2.0])
+      >>> grad_fn = jax.grad(lambda x, batch: jnp.sum(h * (x - c) ** 2) / 2)
+      >>> tx = optax_flat.local_entropy(
+      ...     optax.sgd(1.0), num_steps=200, gamma=2.0, noise=0.0, diagnostics=True,
+      ...     key=0)
+      >>> x = jnp.zeros(2)
+      >>> updates, state = tx.update(grad_fn(x, 0), tx.init(x), x, grad_fn=grad_fn)
+      >>> bool(jnp.allclose(updates, h * c / (h + 2.0), atol=1e-5))
+      True
+      >>> report = optax.tree.get(state, "diagnostics")
+      >>> bool(report.cosine > 0.9)
+      True
+
+    References:
+      Chaudhari et al., `Entropy-SGD: Biasing Gradient Descent Into Wide Valleys
+      <https://arxiv.org/abs/1611.01838>`_, 2017.
+
+    Differs from the paper:
+      The spring's step is cut at the anchor: ``min(step_size * gamma_t, 1)``. Below 1
+      that is the paper's formula; above, the paper's walk overshoots and, from 2 on,
+      diverges, which the default scoping reaches after 6,500 outer updates.
+    """
+    checks.transformation("outer", outer)
+    num_steps = checks.integer("num_steps", num_steps, 1)
+    checks.number("step_size", step_size, 0.0)
+    checks.number("gamma", gamma, 0.0)
+    checks.number("scoping", scoping, -1.0, open_low=True)
+    checks.number("noise", noise, 0.0)
+    checks.number("averaging", averaging, 0.0, 1.0, open_low=True)
+    checks.choice("noise_kind", noise_kind, KINDS)
+    walk = _walk(
+        outer,
+        _Hyperparams(step_size, gamma, scoping, noise, averaging),
+        num_steps=num_steps,
+        noise_kind=noise_kind,
+        accumulator_dtype=accumulator_dtype,
+        diagnostics=diagnostics,
+        key=checks.key(key),
+    )
+    return modes.build(
+        walk,
+        mode=mode,
+        inner_transform=inner_transform,
+        unroll=unroll,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
+    )
+
+
+@static_args("nesterov", *_STATIC)
+def entropy_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    momentum: optax.ScalarOrSchedule = 0.0,
+    nesterov: bool = False,
+    num_steps: int = 20,
+    step_size: optax.ScalarOrSchedule = 0.1,
+    gamma: optax.ScalarOrSchedule = 0.03,
+    scoping: optax.ScalarOrSchedule = 1e-3,
+    noise: optax.ScalarOrSchedule = 1e-4,
+    averaging: optax.ScalarOrSchedule = 0.75,
+    noise_kind: str = "normal",
+    inner_transform: optax.GradientTransformation | None = None,
+    mode: str = "scanned",
+    unroll: int | bool = 1,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+    accumulator_dtype: Any = None,
+    diagnostics: bool = False,
+    key: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Entropy-SGD: gradient descent on the local entropy of the loss.
+
+    .. math::
+        x \leftarrow x - \eta\, \mathrm{momentum}(x - \mu)
+
+    with :math:`\eta` = `learning_rate` and :math:`\mu` the mean of the Langevin walk of
+    `local_entropy`, which spends `num_steps` gradients per update. Since x - mu is a
+    displacement, a learning rate of 1 moves x onto the mean; the authors use 1, then
+    0.1.
+
+    Args:
+      learning_rate: step of the outer update, >= 0.
+      momentum: decay of the outer momentum, in [0, 1]; 0 keeps no buffer.
+      nesterov: whether the outer momentum is Nesterov's.
+      num_steps: see `local_entropy`, as all that follow.
+      step_size: step of the walk.
+      gamma: stiffness of the spring.
+      scoping: growth of gamma per outer update.
+      noise: inner noise.
+      averaging: weight of the new iterate in the mean.
+      noise_kind: "normal" or "rademacher".
+      inner_transform: applied to every inner gradient.
+      mode: "scanned" or "transparent".
+      unroll: as in `jax.lax.scan`.
+      has_aux: whether `grad_fn` threads auxiliary state.
+      skip_nonfinite: whether a non-finite outer update is skipped and counted.
+      accumulator_dtype: None is at least float32.
+      diagnostics: whether the state reports norms, cosine, distance and gamma.
+      key: PRNG key or int.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: an argument outside its range, or no key.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      Without noise and spring, and with the last iterate as mean, this is Lookahead
+      around SGD; with one step it is SGD:
+
+      >>> import jax, jax.numpy as jnp, optax, optax_flat
+      >>> grad_fn = jax.grad(lambda x, batch: jnp.sum(jnp.cosh(x - 0.5)))
+      >>> tx = optax_flat.entropy_sgd(
+      ...     0.5, num_steps=1, step_size=0.2, gamma=0.0, noise=0.0, averaging=1.0,
+      ...     key=0)
+      >>> x = jnp.array([1.0, -1.0, 2.0])
+      >>> updates, _ = tx.update(grad_fn(x, 0), tx.init(x), x)
+      >>> bool(jnp.allclose(updates, -0.5 * 0.2 * grad_fn(x, 0), atol=1e-6))
+      True
+
+    References:
+      Chaudhari et al., `Entropy-SGD: Biasing Gradient Descent Into Wide Valleys
+      <https://arxiv.org/abs/1611.01838>`_, 2017.
+
+    Coming from the Keras package EntropySGD (class ``EntropySgd``):
+
+      ============== ========================================================
+      its argument   ours
+      ============== ========================================================
+      lr             learning_rate
+      sgld_step      step_size
+      L              num_steps
+      gamma          gamma
+      sgld_noise     noise
+      alpha          averaging
+      scoping        scoping
+      momentum       momentum
+      nesterov       nesterov
+      decay          ``learning_rate=lambda t: lr / (1 + decay * t)``
+      ============== ========================================================
+
+      The defaults of the walk are the same. Faults of that package that we do not have:
+      gamma grows once per outer update here, not once per inner minibatch and tensor;
+      `decay` counts outer updates, not minibatches; an outer update costs `num_steps`
+      gradients, not about `num_steps` + 2; iterate and mean are updated in a fixed
+      order.
+
+    Coming from ucla-vision/entropy-sgd:
+
+      ================== ====================================================
+      its option         ours
+      ================== ====================================================
+      lr                 learning_rate
+      L                  num_steps
+      gamma, g0          gamma
+      scoping, g1        scoping
+      noise, eps         ``noise = sqrt(2) * eps``
+      langevin lr (0.1)  step_size
+      beta1 (0.75)       ``averaging = 1 - beta1``; beta1 weights the *old* mean
+      L2, weight_decay   ``inner_transform=optax.add_decayed_weights(L2)``, and in
+                         the Python code also in front of the outer step:
+                         ``local_entropy(optax.chain(
+                         optax.add_decayed_weights(L2), optax.sgd(...)), ...)``
+      inner Nesterov     ``inner_transform=optax.trace(0.9, nesterov=True)``, behind
+                         the weight decay in an `optax.chain`
+      outer Nesterov     ``momentum=0.9, nesterov=True`` (Python code only)
+      ================== ====================================================
+
+      Faults of those codes that we do not have: the Python code never advances t, so
+      scoping does nothing there, and starts the outer momentum at a raw loss gradient,
+      which lives on another scale than x - mu (ours starts at zero); both compute a
+      gradient at x and discard it, so that L reported evaluations cost L + 1; without
+      Nesterov both add spring and noise into the inner momentum buffer, and the Lua
+      code without momentum drops the loss gradient altogether.
+
+    Differs from the paper:
+      As `local_entropy`. The weight of the new iterate, 0.75, is the paper's; the
+      authors' code uses 0.25.
+    """
+    checks.number("learning_rate", learning_rate, 0.0)
+    checks.number("momentum", momentum, 0.0, 1.0)
+    no_momentum = isinstance(momentum, int | float) and momentum == 0
+    outer = scheduled(
+        functools.partial(optax.sgd, nesterov=nesterov),
+        learning_rate=learning_rate,
+        momentum=None if no_momentum else momentum,
+    )
+    return local_entropy(
+        outer,
+        num_steps=num_steps,
+        step_size=step_size,
+        gamma=gamma,
+        scoping=scoping,
+        noise=noise,
+        averaging=averaging,
+        noise_kind=noise_kind,
+        inner_transform=inner_transform,
+        mode=mode,
+        unroll=unroll,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
+        accumulator_dtype=accumulator_dtype,
+        diagnostics=diagnostics,
+        key=key,
+    )
+
+
+@static_args("amsgrad", *_STATIC)
+def entropy_adam(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    amsgrad: bool = False,
+    num_steps: int = 20,
+    step_size: optax.ScalarOrSchedule = 0.1,
+    gamma: optax.ScalarOrSchedule = 0.03,
+    scoping: optax.ScalarOrSchedule = 1e-3,
+    noise: optax.ScalarOrSchedule = 1e-4,
+    averaging: optax.ScalarOrSchedule = 0.75,
+    noise_kind: str = "normal",
+    inner_transform: optax.GradientTransformation | None = None,
+    mode: str = "scanned",
+    unroll: int | bool = 1,
+    has_aux: bool = False,
+    skip_nonfinite: bool = False,
+    accumulator_dtype: Any = None,
+    diagnostics: bool = False,
+    key: jax.typing.ArrayLike,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Entropy-Adam: Adam on the local entropy of the loss.
+
+    .. math::
+        x \leftarrow x - \eta\, \mathrm{Adam}(x - \mu)
+
+    with :math:`\eta` = `learning_rate` and :math:`\mu` the mean of the Langevin walk of
+    `local_entropy`, which spends `num_steps` gradients per update. The bias correction
+    counts outer updates.
+
+    Args:
+      learning_rate: step of the outer update, >= 0.
+      b1: decay of the first moment, in [0, 1].
+      b2: decay of the second moment, in [0, 1].
+      eps: added to the root of the second moment, >= 0.
+      amsgrad: whether the largest second moment so far is used (`optax.amsgrad`).
+      num_steps: see `local_entropy`, as all that follow.
+      step_size: step of the walk.
+      gamma: stiffness of the spring.
+      scoping: growth of gamma per outer update.
+      noise: inner noise.
+      averaging: weight of the new iterate in the mean.
+      noise_kind: "normal" or "rademacher".
+      inner_transform: applied to every inner gradient.
+      mode: "scanned" or "transparent".
+      unroll: as in `jax.lax.scan`.
+      has_aux: whether `grad_fn` threads auxiliary state.
+      skip_nonfinite: whether a non-finite outer update is skipped and counted.
+      accumulator_dtype: None is at least float32.
+      diagnostics: whether the state reports norms, cosine, distance and gamma.
+      key: PRNG key or int.
+
+    Returns:
+      An `optax.GradientTransformationExtraArgs`.
+
+    Raises:
+      ValueError: an argument outside its range, or no key.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      The first update of Adam has the size of the learning rate, whatever the scale:
+
+      >>> import jax, jax.numpy as jnp, optax, optax_flat
+      >>> grad_fn = jax.grad(lambda x, batch: 7.0 * jnp.sum(jnp.cosh(x - 0.5)))
+      >>> tx = optax_flat.entropy_adam(0.01, num_steps=5, key=0)
+      >>> x = jnp.array([1.0, -1.0, 2.0])
+      >>> updates, _ = tx.update(grad_fn(x, 0), tx.init(x), x, grad_fn=grad_fn)
+      >>> bool(jnp.allclose(updates, -0.01 * jnp.sign(x - 0.5), rtol=1e-4))
+      True
+
+    References:
+      Chaudhari et al., `Entropy-SGD: Biasing Gradient Descent Into Wide Valleys
+      <https://arxiv.org/abs/1611.01838>`_, 2017.
+
+    Coming from the Keras package EntropySGD (class ``EntropyAdam``):
+      beta_1 is b1, beta_2 is b2, amsgrad is amsgrad, the rest as in `entropy_sgd`. There
+      the bias correction counts minibatches and so fades about `num_steps` times too
+      early; here it counts outer updates.
+      Keras' amsgrad keeps the largest raw second moment, `optax.amsgrad` the largest
+      bias-corrected one.
+
+    Differs from the paper:
+      As `local_entropy`. The paper gives Entropy-Adam in words only.
+    """
+    checks.number("learning_rate", learning_rate, 0.0)
+    checks.number("b1", b1, 0.0, 1.0)
+    checks.number("b2", b2, 0.0, 1.0)
+    checks.number("eps", eps, 0.0)
+    outer = scheduled(
+        optax.amsgrad if amsgrad else optax.adam,
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+    )
+    return local_entropy(
+        outer,
+        num_steps=num_steps,
+        step_size=step_size,
+        gamma=gamma,
+        scoping=scoping,
+        noise=noise,
+        averaging=averaging,
+        noise_kind=noise_kind,
+        inner_transform=inner_transform,
+        mode=mode,
+        unroll=unroll,
+        has_aux=has_aux,
+        skip_nonfinite=skip_nonfinite,
+        accumulator_dtype=accumulator_dtype,
+        diagnostics=diagnostics,
+        key=key,
+    )

@@ -1,0 +1,18 @@
+"""Training helpers: a step in one line, a Flax train state, a log of losses."""
+
+from typing import TYPE_CHECKING
+
+from optax_flat.training.history import History as History
+from optax_flat.training.step import make_train_step as make_train_step
+
+if TYPE_CHECKING:
+    from optax_flat.training.train_state import TrainState as TrainState
+
+
+def __getattr__(name: str):
+    # TrainState subclasses Flax's class, and Flax is an extra: imported on first use.
+    if name == "TrainState":
+        from optax_flat.training.train_state import TrainState
+
+        return TrainState
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

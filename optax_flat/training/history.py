@@ -1,0 +1,213 @@
+"""The log of a run: losses per epoch and per effective epoch."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optax_flat._core import checks, modes
+
+
+class History:
+    r"""Training and validation losses, per epoch and per *effective* epoch.
+
+    A method that spends L = `num_steps` gradients on an update makes in L epochs of
+    single gradients as many updates as SGD in one: these L epochs are one effective
+    epoch. `eff_loss` and `eff_val_loss` are the means of `loss` and `val_loss` over
+    each. In scanned mode an epoch (one *update* per minibatch) spends L times the
+    gradients and is an effective epoch by itself.
+
+    Use it as a context manager to have a progress line closed and the file written
+    whatever happens; with a `path` the file is also written after every epoch.
+
+    Args:
+      num_steps: gradients per update, L; 1 for SGD, Adam and the like.
+      mode: "transparent" if an epoch visits every minibatch for one gradient,
+        "scanned" if it makes one update, L gradients, per minibatch.
+      path: JSON file to write after every epoch, or None.
+      total_epochs: length of the progress line, or None for an open end.
+      progress: whether to show a progress line (needs the extra `progress`).
+      label: name of the run in the progress line.
+
+    Attributes:
+      loss, val_loss: one float per recorded epoch; NaN where none was given.
+      eff_loss, eff_val_loss: one float per completed effective epoch.
+
+    Example:
+      >>> from optax_flat.training import History
+      >>> history = History(num_steps=2)
+      >>> for loss in [4.0, 2.0, 1.0, 1.0, 0.5]:
+      ...     history.record(loss, val_loss=loss + 1)
+      >>> history.eff_loss  # epochs 1 and 2, 3 and 4; the fifth waits for the sixth
+      [3.0, 1.0]
+      >>> history.arrays()["effective_epoch"]
+      array([2., 4.])
+
+    Differs from the Keras package EntropySGD: its `loss` keeps only the minibatches at
+    which a walk starts; here it is what you record.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 1,
+        *,
+        mode: str = "transparent",
+        path: str | os.PathLike[str] | None = None,
+        total_epochs: int | None = None,
+        progress: bool = False,
+        label: str = "",
+    ):
+        self.num_steps = checks.integer("num_steps", num_steps, 1)
+        self.mode = checks.choice("mode", mode, modes.MODES)
+        self.path = None if path is None else Path(path)
+        self.loss: list[float] = []
+        self.val_loss: list[float] = []
+        self._bar = _progress_bar(total_epochs, label) if progress else None
+
+    @property
+    def epochs_per_effective_epoch(self) -> int:
+        """L in transparent mode, 1 in scanned mode."""
+        return self.num_steps if self.mode == "transparent" else 1
+
+    @property
+    def eff_loss(self) -> list[float]:
+        """Mean training loss of each completed effective epoch."""
+        return self._effective(self.loss)
+
+    @property
+    def eff_val_loss(self) -> list[float]:
+        """Mean validation loss of each completed effective epoch."""
+        return self._effective(self.val_loss)
+
+    def record(self, loss: Any, val_loss: Any = None) -> None:
+        """Adds one epoch.
+
+        Args:
+          loss: mean training loss of the epoch, a scalar.
+          val_loss: validation loss at its end, a scalar, or None.
+
+        Raises:
+          FloatingPointError: the training loss is NaN or infinite. It is recorded, and
+            the file written, before.
+        """
+        self.loss.append(float(loss))
+        self.val_loss.append(math.nan if val_loss is None else float(val_loss))
+        if self.path is not None:
+            self.save(self.path)
+        if self._bar is not None:
+            shown = {"loss": f"{self.loss[-1]:.4g}"}
+            if val_loss is not None:
+                shown["val_loss"] = f"{self.val_loss[-1]:.4g}"
+            self._bar.set_postfix(shown, refresh=False)
+            self._bar.update()
+        if not math.isfinite(self.loss[-1]):
+            kept = (
+                "" if self.path is None else f" The losses so far are in {self.path}."
+            )
+            raise FloatingPointError(
+                f"the training loss became {self.loss[-1]} in epoch {len(self.loss)}. "
+                "Lower the learning rate or step size, clip the gradients, or skip such "
+                f"updates with skip_nonfinite=True.{kept}"
+            )
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Everything as arrays for plotting.
+
+        Returns:
+          `epoch` [E] counting from 1, `loss` [E], `val_loss` [E], `effective_epoch` [K]
+          (the epoch at which each effective one ended), `eff_loss` [K], `eff_val_loss`
+          [K].
+        """
+        per = self.epochs_per_effective_epoch
+        return {
+            "epoch": np.arange(1.0, len(self.loss) + 1),
+            "loss": np.array(self.loss),
+            "val_loss": np.array(self.val_loss),
+            "effective_epoch": per * np.arange(1.0, len(self.eff_loss) + 1),
+            "eff_loss": np.array(self.eff_loss),
+            "eff_val_loss": np.array(self.eff_val_loss),
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes JSON; an interruption leaves the old file or the new one, whole."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".part")
+        content = {
+            "num_steps": self.num_steps,
+            "mode": self.mode,
+            "loss": _to_json(self.loss),
+            "val_loss": _to_json(self.val_loss),
+            "eff_loss": _to_json(self.eff_loss),
+            "eff_val_loss": _to_json(self.eff_val_loss),
+        }
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **kwargs: Any) -> "History":
+        """Reads what `save` wrote; recording goes on where it stopped.
+
+        Args:
+          path: the JSON file.
+          **kwargs: `path`, `total_epochs`, `progress`, `label` of the new object.
+
+        Returns:
+          A History with the losses of the file.
+
+        Raises:
+          ValueError: the file is not one of `save`'s.
+        """
+        source = Path(path)
+        content = json.loads(source.read_text())
+        if not isinstance(content, dict) or not {"num_steps", "loss"} <= content.keys():
+            raise ValueError(
+                f"{source} is not a History file: expected a JSON object with "
+                f"`num_steps`, `mode`, `loss` and `val_loss`, got {str(content)[:80]}."
+            )
+        history = cls(content["num_steps"], mode=content["mode"], **kwargs)
+        history.loss = _from_json(content["loss"])
+        history.val_loss = _from_json(content["val_loss"])
+        if history._bar is not None:
+            history._bar.update(len(history.loss))
+        return history
+
+    def close(self) -> None:
+        """Ends the progress line and writes the file, if there are any."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.path is not None:
+            self.save(self.path)
+
+    def __enter__(self) -> "History":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _effective(self, values: list[float]) -> list[float]:
+        per = self.epochs_per_effective_epoch
+        whole = len(values) // per * per
+        return [float(np.mean(values[i : i + per])) for i in range(0, whole, per)]
+
+
+def _progress_bar(total, label):
+    try:
+        from tqdm.auto import tqdm
+    except ImportError as error:
+        raise ImportError(
+            "History(progress=True) needs tqdm: pip install 'optax_flat[progress]'."
+        ) from error
+    return tqdm(total=total, desc=label or None, unit="epoch")
+
+
+def _to_json(values):
+    # JSON has no NaN or infinity; strings survive every reader, and float() reads them.
+    return [v if math.isfinite(v) else str(v) for v in values]
+
+
+def _from_json(values):
+    return [float(v) for v in values]

@@ -1,0 +1,67 @@
+"""Flax's train state, with extra arguments for the optimizer."""
+
+from typing import Any
+
+import optax
+
+from optax_flat._core.modes import eval_params
+
+try:
+    from flax.training import train_state
+except ImportError as error:
+    raise ImportError(
+        "optax_flat.training.TrainState needs Flax: pip install 'optax_flat[flax]'."
+    ) from error
+
+
+class TrainState(train_state.TrainState):
+    """A Flax `TrainState` whose `apply_gradients` passes extra arguments on.
+
+    Flax's own takes every keyword for a field to replace, and `grad_fn` never reaches
+    the optimizer.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_flat
+      >>> from optax_flat.training import TrainState
+      >>> tx = optax_flat.entropy_sgd(1.0, num_steps=5, key=0)
+      >>> state = TrainState.create(apply_fn=None, params=jnp.ones(3), tx=tx)
+      >>> @jax.jit
+      ... def train_step(state, batches):
+      ...     grad_fn = jax.grad(lambda p, batch: jnp.mean((p - batch) ** 2))
+      ...     grads = grad_fn(state.params, batches[0])
+      ...     return state.apply_gradients(
+      ...         grads=grads, grad_fn=grad_fn, batches=batches[1:])
+      >>> state = train_step(state, jnp.zeros((5, 8, 3)))
+      >>> int(state.step), bool(jnp.all(state.params < 1))
+      (1, True)
+    """
+
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+        """One call of the optimizer's `update`.
+
+        Args:
+          grads: the gradient, like `params`.
+          **kwargs: names of fields replace these fields (`batch_stats=...`); all others
+            go to the optimizer (`grad_fn=...`, `batches=...`, `value=...`).
+
+        Returns:
+          The next state, its `step` one higher.
+        """
+        fields = {
+            name: kwargs.pop(name)
+            for name in list(kwargs)
+            if name in self.__dataclass_fields__
+        }
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(grads, opt_state, params=None):
+            return tx.update(grads, opt_state, params, **kwargs)
+
+        # Flax's own method does the work, on an optimizer that knows the arguments.
+        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        state = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)
+        return state.replace(tx=self.tx)
+
+    def eval_params(self) -> optax.Params:
+        """The params to evaluate and to save, see `optax_flat.eval_params`."""
+        return eval_params(self.opt_state, self.params)
