@@ -82,6 +82,7 @@ class _Inner(NamedTuple):
 
     # Constant during the walk.
     anchor: optax.Params
+    key: jax.Array  # typed PRNG key, [], this walk's own
     # Changing at every step.
     step: jax.Array  # int32, []
     point: optax.Params
@@ -126,7 +127,8 @@ def _walk(
         trace = None
         if diagnostics:
             trace = _Trace(optax.tree.zeros_like(x), jnp.zeros([]))
-        return _Inner(x, jnp.zeros([], jnp.int32), x, x, trace)
+        walk_key = jax.random.fold_in(memory.key, memory.count)
+        return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, trace)
 
     def step(memory, inner, grads):
         t = memory.count
@@ -139,7 +141,7 @@ def _walk(
             inner.point, grads, inner.anchor,
         )  # fmt: skip
         if not noiseless:
-            step_key = jax.random.fold_in(jax.random.fold_in(memory.key, t), inner.step)
+            step_key = jax.random.fold_in(inner.key, inner.step)
             scale = jnp.sqrt(eta) * at(hyperparams.noise, t)
             z = draw(step_key, point, noise_kind)
             point = jax.tree.map(lambda p, z: p + scale * z, point, z)
@@ -154,7 +156,7 @@ def _walk(
                 trees.where(inner.step == 0, grads, trace.first_gradient),
                 trace.distance + distance,
             )
-        return _Inner(inner.anchor, inner.step + 1, point, mean, trace)
+        return _Inner(inner.anchor, inner.key, inner.step + 1, point, mean, trace)
 
     def finish(memory, inner, params):
         d = optax.tree.sub(inner.anchor, inner.mean)
