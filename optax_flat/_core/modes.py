@@ -348,8 +348,8 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     return params
 
 
-def states(opt_state: optax.OptState, kind: type) -> list[Any]:
-    """All outermost states of a kind inside an optimizer's state."""
+def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
+    """All outermost states of a kind (a type or a union) in an optimizer's state."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
 

@@ -11,8 +11,9 @@ spend few random bits:
   independent normals. The radius takes 65536 values, hence |z| <= 4.86; the first four
   moments agree with those of N(0, 1) to 1e-4.
 
-Every leaf folds its path into the key. So leaves never share their draws, and a leaf
-draws the same numbers whether its neighbours are masked away or not.
+One call of the generator serves the whole tree: leaves take consecutive words. The paths
+of the leaves are folded into the key, so two groups of parameters (`optax.partition`)
+that were given one key do not share their draws.
 """
 
 import math
@@ -25,6 +26,9 @@ import numpy as np
 from jax.extend.random import threefry_2x32
 
 KINDS = ("normal", "rademacher")
+
+# Words at which leaves may start: XLA's CPU backend reads others several times slower.
+_ALIGN = 256
 
 # sin(pi s / 2) / s in powers of s^2, highest first: Taylor's, but for the first one
 # here, which makes the sum 1 at s = 1.
@@ -42,40 +46,52 @@ def draw(key: jax.Array, like: Any, kind: str) -> Any:
     Returns:
       A tree like `like`.
     """
-    rule = {"normal": _normal, "rademacher": _rademacher}[kind]
+    per_word, rule = {"normal": (2, _normal), "rademacher": (32, _rademacher)}[kind]
     paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    if not paths:
-        return like
-    names = [jax.tree_util.keystr(path).encode() for path, _ in paths]
-    labels = np.array([zlib.crc32(name) for name in names], np.uint32)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, labels)
-    draws = [
-        rule(keys[i], leaf.shape).astype(leaf.dtype)
-        for i, (_, leaf) in enumerate(paths)
-    ]
+    shapes = [_words_shape(leaf.shape, per_word) for _, leaf in paths]
+    sizes = [math.ceil(rows * columns / _ALIGN) * _ALIGN for rows, columns in shapes]
+    offsets = np.cumsum([0, *sizes])
+    names = "".join(jax.tree_util.keystr(path) for path, _ in paths)
+    words = _words(key, np.uint32(zlib.crc32(names.encode())), int(offsets[-1]))
+    draws = []
+    for (_, leaf), shape, offset in zip(paths, shapes, offsets[:-1], strict=True):
+        own = words[offset : offset + math.prod(shape)]
+        z = rule(own.reshape(shape[0], 1, shape[1])).ravel()[: leaf.size]
+        draws.append(z.astype(leaf.dtype).reshape(leaf.shape))
     return jax.tree.unflatten(structure, draws)
 
 
-def _rademacher(key, shape):
-    rows, columns = _words_shape(shape, 32)
-    words = jax.random.bits(key, (rows, 1, columns), jnp.uint32)
-    bits = _computed_once(words) >> jnp.arange(32, dtype=jnp.uint32)[:, None]
+def _words_shape(shape, per_word):
+    """Rows and columns of the words for one leaf.
+
+    A word serves `per_word` entries of one *column*: neighbours along the last axis come
+    from neighbouring words by the same operation, which is what vector units do best.
+    """
+    size = math.prod(shape)
+    columns = shape[-1] if len(shape) > 1 else math.ceil(size / per_word)
+    return math.ceil(size / max(columns * per_word, 1)), columns
+
+
+def _words(key, label, count):
+    # jax.random.bits would keep 32 of the 64 bits that one evaluation of threefry makes.
+    seed = jax.random.bits(jax.random.fold_in(key, label), (2,), jnp.uint32)
+    counter = jnp.arange(count, dtype=jnp.uint32)
+    # Without the barrier XLA's CPU backend fuses the generator into the loops that read
+    # the words and runs it again for every reader.
+    return jax.lax.optimization_barrier(threefry_2x32((seed[0], seed[1]), counter))
+
+
+def _rademacher(words):
+    bits = words >> jnp.arange(32, dtype=jnp.uint32)[:, None]
     one = jnp.float32(1.0).view(jnp.uint32)
-    return _cut(((bits << 31) | one).view(jnp.float32), shape)
+    return ((bits << 31) | one).view(jnp.float32)
 
 
-def _normal(key, shape):
-    rows, columns = _words_shape(shape, 2)
-    count = rows * columns
-    # jax.random.bits keeps 32 of the 64 bits that one evaluation of threefry makes.
-    seed = jax.random.bits(key, (2,), jnp.uint32)
-    counter = jnp.arange(count + count % 2, dtype=jnp.uint32)
-    words = _computed_once(threefry_2x32((seed[0], seed[1]), counter))
-    words = words[:count].reshape(rows, 1, columns)
+def _normal(words):
     uniform = ((words >> 16).astype(jnp.float32) + 0.5) / 2**16
     radius = jnp.sqrt(-2.0 * jnp.log(uniform))
     quarter_turn = jnp.array([[0], [2**14]], jnp.uint32)  # cosine, then sine
-    return _cut(radius * _cosine(words + quarter_turn), shape)
+    return radius * _cosine(words + quarter_turn)
 
 
 def _cosine(words):
@@ -85,23 +101,3 @@ def _cosine(words):
     s = jnp.where(quadrant & 1, turn, 1.0 - turn)  # |cos| = sin(s pi / 2), 0 < s < 1
     sine = s * jnp.polyval(_SINE, s * s)
     return jnp.where((quadrant == 1) | (quadrant == 2), -sine, sine)
-
-
-# A word serves `per_word` entries of one *column*. Neighbours along the last axis then
-# come from neighbouring words by the same operation, which is what vector units do best.
-
-
-def _words_shape(shape, per_word):
-    size = math.prod(shape)
-    columns = shape[-1] if len(shape) > 1 else math.ceil(size / per_word)
-    return math.ceil(size / max(columns * per_word, 1)), columns
-
-
-def _cut(draws, shape):
-    return draws.ravel()[: math.prod(shape)].reshape(shape)
-
-
-def _computed_once(words):
-    # Without the barrier XLA's CPU backend fuses the generator into the loops that read
-    # the words and runs it again for every reader.
-    return jax.lax.optimization_barrier(words)

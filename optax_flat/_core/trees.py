@@ -46,10 +46,7 @@ def concrete(tree: Any) -> Any:
 def copy(tree: Any) -> Any:
     """Every leaf in a buffer of its own, so that state and params can be donated."""
 
-    def duplicate(leaf):
-        return leaf.copy() if isinstance(leaf, jax.Array) else jnp.array(leaf)
-
-    return jax.tree.map(duplicate, tree)
+    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -70,7 +70,7 @@ class LocalEntropyState(NamedTuple):
     diagnostics: Diagnostics | None  # None unless asked for
 
 
-class _Trace(NamedTuple):
+class _Probe(NamedTuple):
     """What the diagnostics need from a walk."""
 
     first_gradient: optax.Updates
@@ -84,10 +84,10 @@ class _Inner(NamedTuple):
     anchor: optax.Params
     key: jax.Array  # typed PRNG key, [], this walk's own
     # Changing at every step.
-    step: jax.Array  # int32, []
+    index: jax.Array  # int32, [], steps taken
     point: optax.Params
     mean: optax.Params
-    trace: _Trace | None
+    probe: _Probe | None
 
 
 class _Hyperparams(NamedTuple):
@@ -124,11 +124,11 @@ def _walk(
 
     def start(memory, params):
         x = trees.accumulator(params, accumulator_dtype)
-        trace = None
+        probe = None
         if diagnostics:
-            trace = _Trace(optax.tree.zeros_like(x), jnp.zeros([]))
+            probe = _Probe(optax.tree.zeros_like(x), jnp.zeros([]))
         walk_key = jax.random.fold_in(memory.key, memory.count)
-        return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, trace)
+        return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, probe)
 
     def step(memory, inner, grads):
         t = memory.count
@@ -141,7 +141,7 @@ def _walk(
             inner.point, grads, inner.anchor,
         )  # fmt: skip
         if not noiseless:
-            step_key = jax.random.fold_in(inner.key, inner.step)
+            step_key = jax.random.fold_in(inner.key, inner.index)
             scale = jnp.sqrt(eta) * at(hyperparams.noise, t)
             z = draw(step_key, point, noise_kind)
             point = jax.tree.map(lambda p, z: p + scale * z, point, z)
@@ -149,21 +149,21 @@ def _walk(
         mean = jax.tree.map(
             lambda m, p: (1.0 - weight) * m + weight * p, inner.mean, point
         )
-        trace = inner.trace
-        if trace is not None:
+        probe = inner.probe
+        if probe is not None:
             distance = trees.norm(optax.tree.sub(point, inner.anchor))
-            trace = _Trace(
-                trees.where(inner.step == 0, grads, trace.first_gradient),
-                trace.distance + distance,
+            probe = _Probe(
+                trees.where(inner.index == 0, grads, probe.first_gradient),
+                probe.distance + distance,
             )
-        return _Inner(inner.anchor, inner.key, inner.step + 1, point, mean, trace)
+        return _Inner(inner.anchor, inner.key, inner.index + 1, point, mean, probe)
 
     def finish(memory, inner, params):
         d = optax.tree.sub(inner.anchor, inner.mean)
         updates, outer_state = outer.update(d, memory.outer_state, inner.anchor)
         report = memory.diagnostics
-        if inner.trace is not None:
-            g = inner.trace.first_gradient
+        if inner.probe is not None:
+            g = inner.probe.first_gradient
             product = trees.norm(g) * trees.norm(d)
             safe = jnp.where(product > 0, product, 1.0)
             cosine = jnp.where(product > 0, trees.vdot(g, d) / safe, 0.0)
@@ -171,7 +171,7 @@ def _walk(
                 trees.norm(g),
                 trees.norm(d),
                 cosine,
-                inner.trace.distance / num_steps,
+                inner.probe.distance / num_steps,
                 hyperparams.gamma_at(memory.count),
             )
         count = optax.safe_increment(memory.count)
@@ -426,8 +426,9 @@ def entropy_sgd(
                          the Python code also in front of the outer step:
                          ``local_entropy(optax.chain(
                          optax.add_decayed_weights(L2), optax.sgd(...)), ...)``
-      inner Nesterov     ``inner_transform=optax.trace(0.9, nesterov=True)``, behind
-                         the weight decay in an `optax.chain`
+      inner Nesterov     ``inner_transform=optax.trace(0.9, nesterov=True)``, in an
+                         `optax.chain` behind the weight decay (Python code) or in
+                         front of it (Lua code)
       outer Nesterov     ``momentum=0.9, nesterov=True`` (Python code only)
       ================== ====================================================
 

@@ -148,7 +148,7 @@ class History:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], **kwargs: Any) -> "History":
+    def load(cls, path: str | os.PathLike[str], /, **kwargs: Any) -> "History":
         """Reads what `save` wrote; recording goes on where it stopped.
 
         Args:

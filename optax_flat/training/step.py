@@ -37,10 +37,10 @@ def make_train_step(
         (loss, aux)``, where `aux` is anything that moves along: batch statistics,
         dropout keys.
       tx: the optimizer; in scanned mode it must have been made with the same `has_aux`.
-      has_aux: whether the loss threads auxiliary state. What comes back is the `aux` of
-        the first, clean pass; the inner passes start from it and are dropped, so batch
-        statistics move once per outer update. Typed PRNG keys in `aux` are forked for
-        the inner passes: no two passes share one.
+      has_aux: whether the loss threads auxiliary state. In either mode it is the first,
+        clean pass of a walk that moves it: batch statistics move once per outer update.
+        The passes inside the walk start from what that one left, with typed PRNG keys
+        forked so that no two passes share one, and what they return is dropped.
       mode: "scanned" or "transparent" to insist on one; None reads it off the
         optimizer's state.
       donate: whether the buffers of params and optimizer state are given to the step
@@ -80,14 +80,21 @@ def make_train_step(
     value_and_grad = jax.value_and_grad(loss_and_aux, has_aux=True)
 
     def step(params, opt_state, batches, aux=None):
+        walks = modes.states(opt_state, modes.ScannedState | modes.TransparentState)
         is_scanned = bool(modes.states(opt_state, modes.ScannedState))
         _check_mode(mode, is_scanned)
         batch = jax.tree.map(lambda x: x[0], batches) if is_scanned else batches
-        (loss, new_aux), grads = value_and_grad(params, batch, aux)
+        first_aux = aux
+        if walks and not is_scanned:
+            # Only the first pass of a walk is clean: the others leave no trace in aux.
+            inside = walks[0].step > 0
+            forked = _fork_keys(aux, walks[0].gradient_evaluations)
+            first_aux = trees.where(inside, forked, aux)
+        (loss, new_aux), grads = value_and_grad(params, batch, first_aux)
         extra_args = {
             "value": loss,
             "grad": grads,
-            "value_fn": lambda p: loss_and_aux(p, batch, aux)[0],
+            "value_fn": lambda p: loss_and_aux(p, batch, first_aux)[0],
         }
         if is_scanned:
 
@@ -97,7 +104,10 @@ def make_train_step(
 
             extra_args["grad_fn"] = grad_fn
             extra_args["batches"] = jax.tree.map(lambda x: x[1:], batches)
-            extra_args["aux"] = _fork_keys(new_aux)
+            count = walks[0].gradient_evaluations + 1
+            extra_args["aux"] = _fork_keys(new_aux, count)
+        elif walks:
+            new_aux = trees.where(inside, aux, new_aux)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         params = optax.apply_updates(params, updates)
         return (params, opt_state, loss) + ((new_aux,) if has_aux else ())
@@ -114,13 +124,11 @@ def _check_mode(mode, is_scanned):
         )
 
 
-def _fork_keys(aux):
-    """New keys for the inner passes; the caller's stay for the next first pass."""
-    return jax.tree.map(
-        lambda leaf: (
-            jax.random.fold_in(leaf, 1)
-            if trees.is_key(leaf) and leaf.ndim == 0
-            else leaf
-        ),
-        aux,
-    )
+def _fork_keys(aux, count):
+    """Keys for passes inside a walk; `count` differs for all walks and passes."""
+
+    def fork(leaf):
+        is_one_key = trees.is_key(leaf) and leaf.ndim == 0
+        return jax.random.fold_in(leaf, count) if is_one_key else leaf
+
+    return jax.tree.map(fork, aux)

@@ -1,0 +1,199 @@
+"""What the benchmark scripts share: options, rows on disk, tables, data.
+
+A benchmark measures methods with several seeds. Every finished pair (method, seed) is
+a row in DIR/rows.json, which is written again, whole, after each of them: a script that
+was cut off goes on where it stopped when it is started again with the same options. The
+settings that all rows of a folder have in common are in DIR/settings.json.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tqdm.auto import tqdm
+
+Row = dict[str, Any]
+
+# Minibatch gradients; forward passes beside those of the gradients; time without
+# compilation and evaluation.
+COSTS = ("gradient_evaluations", "forward_passes", "seconds")
+
+# Okabe and Ito's colours, told apart with any kind of colour vision.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def parser(
+    script: str | None, methods: Iterable[str], *, seeds: int, out: str, data: bool
+) -> argparse.ArgumentParser:
+    """The options --smoke, --seeds, --methods, --out and, if wanted, --data.
+
+    `script` is a docstring, of which `--help` shows the first line.
+    """
+    known = list(methods)
+
+    def names(text: str) -> list[str]:
+        chosen = text.split(",")
+        unknown = ", ".join(name for name in chosen if name not in known)
+        if unknown:
+            raise argparse.ArgumentTypeError(
+                f"unknown {unknown}; choose from {', '.join(known)}"
+            )
+        return chosen
+
+    result = argparse.ArgumentParser(description=(script or "").partition("\n")[0])
+    add = result.add_argument
+    add("--smoke", action="store_true", help="tiny sizes, seconds: does it run at all?")
+    add("--seeds", type=int, default=seeds, metavar="N", help=f"({seeds})")
+    add("--methods", type=names, default=known, metavar="A,B", help=", ".join(known))
+    add("--out", type=Path, default=Path(out), metavar="DIR", help=f"({out})")
+    if data:
+        add("--data", type=Path, metavar="FILE", help=".npz file with the images")
+    return result
+
+
+class Rows:
+    """The rows of a benchmark, kept in a folder.
+
+    Args:
+      folder: where rows.json and settings.json are; made if missing.
+      settings: what all rows have in common. JAX's version and the device are added.
+
+    Raises:
+      SystemExit: the folder has rows that were measured with other settings.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]):
+        self._path = folder / "rows.json"
+        self._rows: list[Row] = read_json(self._path, [])
+        device = f"{jax.devices()[0].device_kind}, host with {os.cpu_count()} cores"
+        settings = {**settings, "jax": jax.__version__, "device": device}
+        # Through JSON, so that tuples compare equal with the lists read back.
+        wanted = json.loads(json.dumps(settings))
+        found = read_json(folder / "settings.json", {})
+        if self._rows and found != wanted:
+            changes = "; ".join(
+                f"{name} was {found.get(name)}, is now {wanted.get(name)}"
+                for name in {**found, **wanted}
+                if found.get(name) != wanted.get(name)
+            )
+            raise SystemExit(
+                f"{self._path} has rows that were measured with other settings: "
+                f"{changes}. Choose another --out, use the old settings, or delete "
+                f"{folder} to start again."
+            )
+        write_json(folder / "settings.json", wanted)
+
+    def __contains__(self, pair: tuple[str, int]) -> bool:
+        return any((row["method"], row["seed"]) == pair for row in self._rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self._rows)
+
+    def pending(
+        self, methods: Sequence[str], seeds: Collection[int]
+    ) -> Iterator[tuple[str, int]]:
+        """The pairs (method, seed) without a row, under one progress bar.
+
+        Seeds change slowest, so that a run that is cut off has comparable rows.
+        """
+        with tqdm(total=len(methods) * len(seeds), unit="row") as bar:
+            for seed in seeds:
+                for method in methods:
+                    if (method, seed) not in self:
+                        bar.set_description(f"{method}, seed {seed}")
+                        yield method, seed
+                    bar.update()
+
+    def record(self, method: str, seed: int, row: Row) -> None:
+        """Adds a row and writes the file.
+
+        The row has the `COSTS` and any measures; NaN is refused.
+        """
+        costs = {name: row[name] for name in COSTS}
+        self._rows.append({"method": method, "seed": seed, **costs, **row})
+        write_json(self._path, self._rows)
+
+
+def table(rows: Iterable[Row], measures: Sequence[str]) -> str:
+    """A Markdown table, one line per method: mean ± sample standard deviation."""
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    columns = [*measures, "gradient_evaluations", "seconds"]
+    lines = [["method", *(c.replace("_", " ") for c in columns), "seeds"]]
+    lines.append(["---"] + ["---:"] * (len(columns) + 1))
+    for method, of_method in by_method.items():
+        cells = [_summary([r[c] for r in of_method if c in r]) for c in columns]
+        lines.append([method, *cells, str(len(of_method))])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _summary(values: Sequence[float]) -> str:
+    """Mean ± deviation with two digits of the deviation."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    if deviation == 0.0:
+        return f"{mean:.4g}"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+class Images(NamedTuple):
+    """A labelled data set: images uint8 [N, ...], labels integers [N]."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+
+
+def load_images(path: Path | None) -> Images:
+    """Reads an .npz file with the arrays of `Images`; SystemExit if it cannot."""
+    expected = f"an .npz file with the arrays {', '.join(Images._fields)}"
+    if path is None or not path.is_file():
+        given = "nothing was given" if path is None else f"there is no file {path}"
+        raise SystemExit(
+            f"--data needs {expected}, but {given}. Pass --data FILE, or --smoke alone "
+            "to try the script on random data."
+        )
+    with np.load(path) as file:
+        missing = [name for name in Images._fields if name not in file]
+        if missing:
+            raise SystemExit(
+                f"--data needs {expected}, but {path} has {', '.join(file)}. Rename or "
+                f"add what is missing: {', '.join(missing)}."
+            )
+        return Images(*(file[name] for name in Images._fields))
+
+
+def random_images(shape: tuple[int, ...], train: int, test: int) -> Images:
+    """Noise with random labels from 0 to 9, for smoke runs."""
+    random = np.random.default_rng(0)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        images = random.integers(256, size=(count, *shape), dtype=np.uint8)
+        return images, random.integers(10, size=count, dtype=np.uint8)
+
+    return Images(*draw(train), *draw(test))
+
+
+def read_json(path: Path, default: Any) -> Any:
+    """The content of a file, or the default if there is none."""
+    return json.loads(path.read_text()) if path.is_file() else default
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON; an interruption leaves the old file or the new one, whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
+    temporary.replace(path)

@@ -1,0 +1,18 @@
+"""Eight CPU devices for every test, and float64 where a test asks for it."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+    """Double precision, for oracles and golden trajectories."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,118 @@
+"""The problems and loops that the tests share."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+FEATURES = 3
+
+
+def ragged_params(dtype=jnp.float32) -> dict[str, Any]:
+    """A nested tree with a matrix, a vector and a scalar, away from the origin."""
+    w = np.linspace(-0.9, 1.4, FEATURES * 4).reshape(FEATURES, 4)
+    return {
+        "layer": {"w": jnp.asarray(w, dtype), "b": jnp.full(4, 0.3, dtype)},
+        "scale": jnp.asarray(1.7, dtype),
+    }
+
+
+def loss(params, batch):
+    """A smooth, non-convex, asymmetric loss; batch is [examples, FEATURES]."""
+    layer = params["layer"]
+    hidden = jnp.tanh(batch @ layer["w"] + layer["b"])
+    return jnp.mean((params["scale"] * hidden.sum(-1) - batch[:, 0] - 0.4) ** 2)
+
+
+def batches(updates: int, length: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
+    """Minibatches [updates, length, 5, FEATURES]."""
+    shape = (updates, length, 5, FEATURES)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+class Run(NamedTuple):
+    """Where a run ended, and the params after each outer update."""
+
+    params: Any
+    state: Any
+    path: list[Any]
+
+
+def update(tx, mode, params, state, stack, loss=loss, **extra_args):
+    """One outer update in either mode on the minibatches `stack` [L, ...]."""
+    grad = jax.grad(loss)
+    if mode == "scanned":
+        updates, state = tx.update(
+            grad(params, stack[0]),
+            state,
+            params,
+            grad_fn=grad,
+            batches=stack[1:],
+            **extra_args,
+        )
+        return optax.apply_updates(params, updates), state
+
+    def one_gradient(carry, batch):
+        params, state = carry
+        updates, state = tx.update(grad(params, batch), state, params, **extra_args)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(one_gradient, (params, state), stack)[0]
+
+
+@functools.lru_cache(maxsize=256)
+def jitted_update(tx, mode, loss):
+    """`update` compiled once per optimizer, however many tests ask for it."""
+    return jax.jit(functools.partial(update, tx, mode, loss=loss))
+
+
+def train(tx, mode, params, data, state=None, loss=loss) -> Run:
+    """All outer updates of `data` [U, L, ...], one jitted call each."""
+    if type(tx) is optax.GradientTransformation:
+        tx = optax.with_extra_args_support(tx)
+    state = tx.init(params) if state is None else state
+    step = jitted_update(tx, mode, loss)
+    path = []
+    for stack in data:
+        params, state = step(params, state, stack)
+        path.append(params)
+    return Run(params, state, path)
+
+
+def tolerance(dtype) -> dict[str, float]:
+    """Agreement to rounding after a few dozen operations in a dtype."""
+    eps = float(jnp.finfo(dtype).eps)
+    return {"rtol": 50 * eps, "atol": 50 * eps}
+
+
+def assert_close(a, b, dtype=jnp.float32, factor: float = 1.0):
+    """Leafwise agreement to the rounding of a dtype, times a stated factor."""
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(
+            np.asarray(x, np.float64),
+            np.asarray(y, np.float64),
+            **{k: factor * v for k, v in tolerance(dtype).items()},
+        ),
+        a,
+        b,
+    )
+
+
+def assert_equal(a, b):
+    """Bit-equal trees, typed keys included."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+
+    def raw(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+def largest_difference(a, b) -> float:
+    """Largest absolute difference over all leaves."""
+    differences = jax.tree.map(lambda x, y: jnp.max(jnp.abs(x - y)), a, b)
+    return float(max(jax.tree.leaves(differences)))

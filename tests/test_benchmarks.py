@@ -1,0 +1,166 @@
+"""The benchmark scripts, started in their smoke setting as a user would."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+METHODS = {
+    "step_time": [
+        "mlp/entropy/scan",
+        "mlp/transparent/scan",
+        "compile/entropy/5",
+        "compile/sam/5",
+    ],
+    "mnist_mlp": ["sgd", "adam", "entropy_sgd", "entropy_adam"],
+}
+
+
+@pytest.fixture
+def harness(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import harness
+
+    return harness
+
+
+def start(script, out, *options):
+    command = [sys.executable, FOLDER / f"{script}.py", "--out", out, *options]
+    return subprocess.run(
+        [str(part) for part in command],
+        # The time goes into compilation.
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def read_rows(out):
+    rows = json.loads((out / "rows.json").read_text())
+    return {(row["method"], row["seed"]): row for row in rows}
+
+
+def numbers(row):
+    for value in row.values():
+        if isinstance(value, list):
+            yield from value
+        elif not isinstance(value, str):
+            yield value
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_runs_and_resumes(script, tmp_path):
+    methods = METHODS[script]
+    options = ["--smoke", "--seeds", 1, "--methods", ",".join(methods)]
+    done = start(script, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    rows = read_rows(tmp_path)
+    assert list(rows) == [(method, 0) for method in methods]
+    for row in rows.values():
+        assert {"gradient_evaluations", "forward_passes", "seconds"} <= row.keys()
+        assert all(math.isfinite(value) for value in numbers(row))
+    trained = [row for row in rows.values() if "compile" not in row["method"]]
+    assert len({row["gradient_evaluations"] for row in trained}) == 1
+    text = (tmp_path / "table.md").read_text()
+    assert text in done.stdout
+    assert all(f"| {method} |" in text for method in methods)
+    assert (tmp_path / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+    # As if the run had been cut off before its second row was written.
+    lost = (methods[1], 0)
+    kept = [row for pair, row in rows.items() if pair != lost]
+    (tmp_path / "rows.json").write_text(json.dumps(kept))
+    done = start(script, tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    again = read_rows(tmp_path)
+    assert again.keys() == rows.keys()
+    assert [row for pair, row in again.items() if pair != lost] == kept
+    assert again[lost]["seconds"] != rows[lost]["seconds"]
+
+
+@pytest.mark.parametrize("script", METHODS)
+def test_refuses_rows_of_other_settings(script, tmp_path):
+    (tmp_path / "rows.json").write_text('[{"method": "a", "seed": 0}]')
+    (tmp_path / "settings.json").write_text('{"batch": 17}')
+    done = start(script, tmp_path, "--smoke")
+    assert done.returncode != 0
+    assert "batch was 17, is now 2" in done.stderr
+    assert "Choose another --out" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_mnist_mlp_uses_the_selected_rate(tmp_path):
+    options = ["--smoke", "--methods", "sgd", "--epochs", 1, "--seeds", 1]
+    done = start("mnist_mlp", tmp_path, *options, "--select")
+    assert done.returncode == 0, done.stderr
+    selected = json.loads((tmp_path / "selection.json").read_text())
+    errors = {
+        pair[0]: row["error_percent"]
+        for pair, row in read_rows(tmp_path / "selection").items()
+    }
+    assert errors[f"sgd/{selected['sgd']}"] == min(errors.values())
+    assert len(errors) == 4
+
+
+def test_missing_data_is_a_clear_error(tmp_path):
+    done = start("mnist_mlp", tmp_path, "--data", tmp_path / "none.npz")
+    assert done.returncode != 0
+    assert "there is no file" in done.stderr
+    assert "Pass --data FILE" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_load_images(harness, tmp_path):
+    path = tmp_path / "images.npz"
+    images = harness.random_images((2, 2), 3, 4)
+    np.savez(path, **images._asdict())
+    loaded = harness.load_images(path)
+    for found, expected in zip(loaded, images, strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.savez(path, x_train=images.train_images, test_labels=images.test_labels)
+    with pytest.raises(SystemExit, match=r"x_train.*missing: train_images"):
+        harness.load_images(path)
+    with pytest.raises(SystemExit, match="nothing was given"):
+        harness.load_images(None)
+
+
+def test_unknown_method_names_the_known_ones(harness, capsys):
+    options = harness.parser("Title.", ["a", "b"], seeds=1, out="out", data=False)
+    assert options.parse_args(["--methods", "b"]).methods == ["b"]
+    with pytest.raises(SystemExit):
+        options.parse_args(["--methods", "a,c"])
+    assert "unknown c; choose from a, b" in capsys.readouterr().err
+
+
+def test_rows_are_kept_and_not_repeated(harness, tmp_path):
+    costs = {"gradient_evaluations": 1, "forward_passes": 0, "seconds": 0.5}
+    rows = harness.Rows(tmp_path, {"size": (1, 2)})
+    pairs = []
+    for method, seed in rows.pending(["a", "b"], range(2)):
+        pairs.append((method, seed))
+        rows.record(method, seed, costs)
+    assert pairs == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    rows = harness.Rows(tmp_path, {"size": (1, 2)})
+    assert list(rows.pending(["c", "a"], range(2))) == [("c", 0), ("c", 1)]
+    with pytest.raises(ValueError, match="nan"):
+        rows.record("c", 0, {**costs, "loss": math.nan})
+    assert len(read_rows(tmp_path)) == 4
+    with pytest.raises(KeyError, match="forward_passes"):
+        rows.record("c", 0, {"gradient_evaluations": 1})
+
+
+def test_table(harness):
+    costs = {"gradient_evaluations": 7, "seconds": 2.0}
+    rows = [{"method": "a", "loss": loss, **costs} for loss in (1.0, 1.02, 1.07)]
+    rows.append({"method": "b", **costs})
+    lines = harness.table(rows, ["loss"]).splitlines()
+    assert lines[0] == "| method | loss | gradient evaluations | seconds | seeds |"
+    assert lines[2:] == ["| a | 1.030 ± 0.036 | 7 | 2 | 3 |", "| b | - | 7 | 2 | 1 |"]

@@ -1,0 +1,702 @@
+"""What every public method must show, in every mode, driven by the catalogue."""
+
+import functools
+import inspect
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from catalogue import METHODS, Quadratic
+from problem import (
+    assert_close,
+    assert_equal,
+    batches,
+    largest_difference,
+    loss,
+    ragged_params,
+    train,
+    update,
+)
+
+import optax_flat
+
+CASES = [
+    pytest.param(method, mode, id=f"{method.name}-{mode}")
+    for method in METHODS
+    for mode in method.modes
+]
+every_case = pytest.mark.parametrize(("method", "mode"), CASES)
+transparent_case = pytest.mark.parametrize(
+    ("method", "mode"), [case for case in CASES if case.values[1] == "transparent"]
+)
+every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+
+
+def specs(tree):
+    """Shape, dtype and weak type of every leaf."""
+    return jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.weak_type), jax.eval_shape(lambda: tree)
+    )
+
+
+def test_catalogue_is_complete():
+    public = {
+        name
+        for name, value in vars(optax_flat).items()
+        if inspect.isfunction(value) and hasattr(value, "static_args")
+    }
+    makes_optimizer = {
+        name
+        for name, value in vars(optax_flat).items()
+        if inspect.isfunction(value)
+        and "GradientTransformation" in str(inspect.signature(value).return_annotation)
+    }
+    adapters = {"scanned", "transparent", "masked"}
+    assert public == {method.name for method in METHODS}
+    assert makes_optimizer == public | adapters
+
+
+@every_method
+def test_catalogue_lists_every_float(method):
+    parameters = inspect.signature(method.factory).parameters.values()
+    floats = {p.name for p in parameters if p.annotation == optax.ScalarOrSchedule}
+    assert floats == set(method.floats)
+
+
+@every_case
+def test_jit_equals_eager(method, mode):
+    tx = method.make(mode=mode)
+    stack = batches(1, method.length)
+    jitted = train(tx, mode, ragged_params(), stack)
+    with jax.disable_jit():
+        eager, _ = update(tx, mode, ragged_params(), tx.init(ragged_params()), stack[0])
+    assert_close(jitted.params, eager)
+
+
+@every_case
+def test_no_retrace(method, mode):
+    tx = method.make(mode=mode, **method.noisy)
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss(params, batch)
+
+    step = jax.jit(functools.partial(update, tx, mode, loss=counted))
+    data = batches(3, method.length)
+    params, state = ragged_params(), tx.init(ragged_params())
+    params, state = step(params, state, data[0])
+    first = len(traces)
+    for stack in data[1:]:
+        params, state = step(params, state, stack)
+    assert first > 0
+    assert len(traces) == first
+
+
+@every_case
+def test_accepts_extra_args(method, mode):
+    """Unknown names are ignored, whatever they hold, and chain mates get theirs."""
+    plateau = optax.contrib.reduce_on_plateau()
+    tx = optax.chain(method.make(mode=mode), plateau)
+    params, stack = ragged_params(), batches(1, method.length)[0]
+
+    @jax.jit
+    def step(params, state):
+        return update(tx, mode, params, state, stack, value=1.0, unknown="x")
+
+    params, _ = step(params, tx.init(params))
+    assert_close(
+        params, train(method.make(mode=mode), mode, ragged_params(), [stack]).params
+    )
+
+
+@every_case
+def test_float_or_schedule(method, mode):
+    """All floats as constant schedules are all floats."""
+    data = batches(2, method.length)
+    floats = method.make(mode=mode, **method.floats)
+    schedules = {k: optax.constant_schedule(v) for k, v in method.floats.items()}
+    scheduled = train(method.make(mode=mode, **schedules), mode, ragged_params(), data)
+    assert_close(scheduled.params, train(floats, mode, ragged_params(), data).params)
+
+
+@every_case
+def test_schedules_count_outer_updates(method, mode):
+    """A float that jumps at outer update 2 changes the third update and none before."""
+    data = batches(3, method.length)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(method.factory).parameters.items()
+    }
+    names = list(method.floats)
+
+    @jax.jit
+    def run(jumping):
+        def schedule(index, before, after):
+            return lambda t: jnp.where((t >= 2) & (jumping == index), after, before)
+
+        schedules = {
+            name: schedule(i, (defaults | method.arguments)[name], method.floats[name])
+            for i, name in enumerate(names)
+        }
+        tx = method.make(mode=mode, **schedules)
+
+        def body(carry, stack):
+            params, state = update(tx, mode, *carry, stack)
+            return (params, state), params
+
+        start = ragged_params()
+        return jax.lax.scan(body, (start, tx.init(start)), data)[1]
+
+    none = run(-1)
+    plain = train(method.make(mode=mode), mode, ragged_params(), data)
+    for t in range(3):
+        assert_close(jax.tree.map(lambda x, t=t: x[t], none), plain.path[t])
+    for i, name in enumerate(names):
+        jumped = run(i)
+        for t, differs in enumerate([False, False, True]):
+            difference = largest_difference(
+                *jax.tree.map(lambda x: x[t], (jumped, none))
+            )  # noqa: B023
+            assert (difference > 1e-6) == differs, (name, t)
+
+
+@every_case
+def test_inject_hyperparams(method, mode):
+    """Every float, and nothing else, can be changed in the state."""
+    injected = optax.inject_hyperparams(
+        method.factory, static_args=method.factory.static_args
+    )(**method.arguments, mode=mode)
+    data = batches(2, method.length)
+    plain = train(method.make(mode=mode), mode, ragged_params(), data)
+    run = train(injected, mode, ragged_params(), data)
+    assert_close(run.params, plain.params)
+    assert set(run.state.hyperparams) == set(method.floats)
+    start = injected.init(ragged_params())
+    for name, value in method.floats.items():
+        hyperparams = start.hyperparams | {name: jnp.float32(value)}
+        state = start._replace(hyperparams=hyperparams)
+        changed = train(injected, mode, ragged_params(), data, state)
+        assert largest_difference(changed.params, run.params) > 1e-6, name
+
+
+@every_case
+def test_hyperparameters_stay_float32(method, mode):
+    """bfloat16 params do not round the hyperparameters: the state that they shape is
+    the same as with float32 params of the same values."""
+    data = batches(1, method.length)
+    coarse = jax.tree.map(lambda x: x.astype(jnp.bfloat16), ragged_params())
+    fine = jax.tree.map(lambda x: x.astype(jnp.float32), coarse)
+
+    def linear(params, batch):  # its gradients, powers of two, are exact in bfloat16
+        return sum(jnp.sum(0.5 * x) for x in jax.tree.leaves(params))
+
+    tx = method.make(mode=mode)
+    states = [train(tx, mode, p, data, loss=linear).state for p in (coarse, fine)]
+    assert_close(*(_floats(state.memory) for state in states))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dtypes(method, mode, dtype):
+    """Updates have the params' dtype; what is accumulated has at least float32."""
+    tx = method.make(mode=mode, **method.noisy)
+    params = ragged_params(dtype)
+    stack = batches(1, method.length, dtype)[0]
+
+    def one_update(params, state):
+        grad = jax.grad(loss)
+        grads = grad(params, stack[0])
+        return tx.update(grads, state, params, grad_fn=grad, batches=stack[1:])
+
+    updates, state = jax.eval_shape(one_update, params, jax.eval_shape(tx.init, params))
+    assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
+    own = state._replace(first_point=None) if mode == "transparent" else state
+    assert {x.dtype for x in _floats(own)} <= {jnp.dtype("float32")}
+
+
+@every_case
+def test_abstract_init(method, mode):
+    tx = method.make(mode=mode, **method.noisy)
+    params = ragged_params()
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert specs(tx.init(abstract)) == specs(tx.init(params))
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_state_types_stable(method, mode, dtype):
+    tx = method.make(mode=mode, **method.noisy)
+    params = ragged_params(dtype)
+    state = tx.init(params)
+    stack = batches(1, method.length, dtype)[0]
+    out = jax.eval_shape(functools.partial(update, tx, mode), params, state, stack)
+    assert specs((params, state)) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.weak_type), out
+    )
+
+
+@every_case
+def test_scan_training_loop(method, mode):
+    tx = method.make(mode=mode, **method.noisy)
+    data = batches(3, method.length)
+
+    @jax.jit
+    def run(params, state):
+        def body(carry, stack):
+            return update(tx, mode, *carry, stack), None
+
+        return jax.lax.scan(body, (params, state), data)[0]
+
+    params, _ = run(ragged_params(), tx.init(ragged_params()))
+    assert_close(params, train(tx, mode, ragged_params(), data).params)
+
+
+@every_case
+def test_donation(method, mode):
+    tx = method.make(mode=mode, **method.noisy)
+    expected = train(tx, mode, ragged_params(), batches(2, method.length)).params
+    step = jax.jit(functools.partial(update, tx, mode), donate_argnums=(0, 1))
+    params = ragged_params()
+    state = tx.init(params)
+    for stack in batches(2, method.length):
+        params, state = step(params, state, stack)
+    assert_close(params, expected)
+
+
+@every_case
+def test_sharding_preserved(method, mode):
+    """Params sharded over eight devices stay so, and so does what has their shape."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
+
+    def target_loss(params, batch):
+        return jnp.mean(jnp.cosh(params - batch))
+
+    tx = method.make(mode=mode, **method.noisy)
+    start = jnp.linspace(-1.0, 1.0, 32).reshape(16, 2)
+    data = jnp.asarray(
+        np.random.default_rng(0).normal(size=(2, method.length, 2)), "f4"
+    )
+    sharded = jax.device_put(start, sharding)
+    run = train(tx, mode, sharded, data, loss=target_loss)
+    assert run.params.sharding.is_equivalent_to(sharding, 2)
+    for leaf in jax.tree.leaves((tx.init(sharded), run.state)):
+        if leaf.shape == start.shape:
+            assert leaf.sharding.is_equivalent_to(sharding, 2)
+    assert_close(run.params, train(tx, mode, start, data, loss=target_loss).params)
+
+
+@every_case
+def test_explicit_mesh(method, mode):
+    """Explicit sharding: types carry the sharding, and conditionals must agree on it."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        start = jax.device_put(
+            jnp.linspace(-1.0, 1.0, 16), jax.sharding.PartitionSpec("d")
+        )
+        data = jnp.zeros((1, method.length, 16))
+        tx = method.make(mode=mode, **method.noisy)
+        run = train(
+            tx, mode, start, data, loss=lambda p, batch: jnp.mean(jnp.cosh(p - 0.5))
+        )
+        assert jax.typeof(run.params) == jax.typeof(start)
+
+
+MASK = {"layer": {"w": True, "b": False}, "scale": True}
+
+
+@every_case
+def test_frozen_leaves_bit_equal(method, mode):
+    tx = optax_flat.masked(method.make(mode=mode), MASK)
+    start = ragged_params()
+    run = train(tx, mode, start, batches(2, method.length))
+    assert_equal(run.params["layer"]["b"], start["layer"]["b"])
+    assert largest_difference(run.params["layer"]["w"], start["layer"]["w"]) > 1e-3
+    assert run.params["scale"] != start["scale"]
+    # The selected leaves move as if the frozen ones were constants of the loss.
+    selected = {"w": start["layer"]["w"], "scale": start["scale"]}
+
+    def closed_over(params, batch):
+        layer = {"w": params["w"], "b": start["layer"]["b"]}
+        return loss({"layer": layer, "scale": params["scale"]}, batch)
+
+    tx = method.make(mode=mode)
+    alone = train(tx, mode, selected, batches(2, method.length), loss=closed_over)
+    assert_close(run.params["layer"]["w"], alone.params["w"])
+
+
+@every_case
+def test_frozen_leaves_nested(method, mode):
+    inner = optax_flat.masked(
+        method.make(mode=mode), {"layer": {"w": True, "b": True}, "scale": False}
+    )
+    tx = optax_flat.masked(inner, MASK)
+    start = ragged_params()
+    run = train(tx, mode, start, batches(2, method.length))
+    assert_equal(
+        (run.params["layer"]["b"], run.params["scale"]),
+        (start["layer"]["b"], start["scale"]),
+    )
+    assert largest_difference(run.params["layer"]["w"], start["layer"]["w"]) > 1e-3
+
+
+@transparent_case
+def test_optax_masked_and_partition(method, mode):
+    data = batches(2, method.length)
+    ours = train(
+        optax_flat.masked(method.make(mode=mode, **method.noisy), MASK),
+        mode,
+        ragged_params(),
+        data,
+    )
+    labels = jax.tree.map(lambda selected: "ours" if selected else "frozen", MASK)
+    transforms = {
+        "ours": method.make(mode=mode, **method.noisy),
+        "frozen": optax.set_to_zero(),
+    }
+    partition = train(optax.partition(transforms, labels), mode, ragged_params(), data)
+    assert_close(partition.params, ours.params)
+    frozen = jax.tree.map(lambda selected: not selected, MASK)
+    masked = optax.chain(
+        optax.masked(method.make(mode=mode, **method.noisy), MASK),
+        optax.masked(optax.set_to_zero(), frozen),
+    )
+    assert_close(train(masked, mode, ragged_params(), data).params, ours.params)
+
+
+def _wrappers(tx):
+    labels = {"layer": "a", "scale": "b"}
+    return {
+        "chain": optax.chain(optax.clip(10.0), tx),
+        "masked": optax_flat.masked(tx, MASK),
+        "inject": optax.inject_hyperparams(lambda unused: tx)(unused=1.0),
+        "multi_steps": optax.MultiSteps(tx, 1),
+        "apply_if_finite": optax.apply_if_finite(tx, 3),
+        "partition": optax.partition({"a": tx, "b": optax.sgd(0.1)}, labels),
+    }
+
+
+@transparent_case
+@pytest.mark.parametrize("wrapper", list(_wrappers(optax.sgd(0.1))))
+def test_eval_params(method, mode, wrapper):
+    """The anchor, inside every wrapper and at every moment of the walk."""
+    tx = _wrappers(method.make(mode=mode))[wrapper]
+    trained = {
+        "masked": MASK,
+        "partition": {"layer": {"w": True, "b": True}, "scale": False},
+    }
+    params, state = ragged_params(), tx.init(ragged_params())
+
+    @jax.jit
+    def step(params, state, batch):
+        return update(tx, mode, params, state, batch[None])
+
+    for stack in batches(2, method.length):
+        anchor = params
+        for i, batch in enumerate(stack):
+            evaluated = optax_flat.eval_params(state, params)
+            mask = trained.get(wrapper, jax.tree.map(lambda _: True, anchor))
+            jax.tree.map(
+                lambda e, a, p, ours: np.testing.assert_array_equal(e, a if ours else p),
+                evaluated, anchor, params, mask,
+            )  # fmt: skip
+            if i > 0:
+                assert largest_difference(params, anchor) > 1e-4
+            params, state = step(params, state, batch)
+    assert_equal(optax_flat.eval_params(state, params), params)
+
+
+@every_case
+def test_multi_steps_outermost(method, mode):
+    """Two equal micro-batches are one minibatch; the inner loop is paid for each."""
+    data = batches(2, method.length)
+    tx = optax.MultiSteps(method.make(mode=mode), 2)
+    # Twice every gradient in transparent mode, twice every update in scanned mode.
+    axis = 1 if mode == "transparent" else 0
+    run = train(tx, mode, ragged_params(), jnp.repeat(data, 2, axis=axis))
+    expected = train(method.make(mode=mode), mode, ragged_params(), data)
+    assert_close(run.params, expected.params)
+
+
+@every_case
+def test_accumulation_inside_grad_fn(method, mode):
+    """Micro-batches inside grad_fn equal one large batch."""
+
+    def accumulated(params, batch):
+        return jnp.mean(jax.lax.map(lambda micro: loss(params, micro), batch))
+
+    data = batches(2, method.length)
+    micro = data[:, :, :4].reshape(*data.shape[:2], 2, 2, -1)
+    tx = method.make(mode=mode)
+    assert_close(
+        train(tx, mode, ragged_params(), micro, loss=accumulated).params,
+        train(tx, mode, ragged_params(), data[:, :, :4]).params,
+    )
+
+
+@every_case
+def test_zero_gradient_is_finite(method, mode):
+    tx = method.make(mode=mode)
+    data = batches(11, method.length)
+    run = train(
+        tx, mode, ragged_params(), data, loss=lambda p, batch: 0.0 * loss(p, batch)
+    )
+    floats = [
+        leaf
+        for leaf in jax.tree.leaves((run.params, run.state))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    assert all(jnp.isfinite(leaf).all() for leaf in floats)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_wraps_in_apply_if_finite(method, mode, dtype):
+    """A NaN gradient given from outside leaves params and state as they were."""
+    tx = optax.apply_if_finite(method.make(mode=mode), 5)
+    params = ragged_params(dtype)
+    data = batches(2, method.length, dtype)
+    params, state, _ = train(tx, mode, params, data[:1])
+    bad = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+
+    @jax.jit
+    def give(grads, state, params):
+        return tx.update(
+            grads, state, params, grad_fn=jax.grad(loss), batches=data[1, 1:]
+        )
+
+    updates, after = give(bad, state, params)
+    assert_equal(optax.apply_updates(params, updates), params)
+    assert_equal(after.inner_state, state.inner_state)
+    assert int(after.total_notfinite) == 1
+    recovered = train(tx, mode, params, data[1:], after)
+    assert_equal(recovered.params, train(tx, mode, params, data[1:], state).params)
+
+
+@every_case
+def test_nonfinite_skipped_and_counted(method, mode):
+    """A NaN born on an inner step: no update, nothing poisoned, one counted."""
+    tx = method.make(mode=mode, **method.noisy, skip_nonfinite=True)
+    data = batches(3, method.length)
+    poisoned = data.at[1, method.length // 2].set(jnp.nan)
+    run = train(tx, mode, ragged_params(), poisoned)
+    assert_close(run.path[1], run.path[0])
+    assert int(run.state.skipped) == 1
+    assert int(run.state.gradient_evaluations) == 3 * method.length
+    # All else is as if that update had not been asked for.
+    without = train(tx, mode, ragged_params(), data[jnp.array([0, 2])])
+    assert_close(run.params, without.params)
+    assert_close(_floats(run.state.memory), _floats(without.state.memory))
+    # Without the guard the run is lost, so the test above tests something.
+    lost = train(
+        method.make(mode=mode, **method.noisy), mode, ragged_params(), poisoned
+    )
+    assert not np.isfinite(lost.params["scale"])
+
+
+def _floats(tree):
+    leaves = jax.tree.leaves(tree)
+    return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
+
+
+@every_case
+def test_typed_raw_and_int_keys(method, mode):
+    data = batches(2, method.length)
+    runs = [
+        train(
+            method.make(mode=mode, **method.noisy | {"key": key}),
+            mode,
+            ragged_params(),
+            data,
+        ).params
+        for key in (3, jax.random.PRNGKey(3), jax.random.key(3))
+    ]
+    assert_equal(runs[0], runs[1])
+    assert_equal(runs[0], runs[2])
+    other = train(
+        method.make(mode=mode, **method.noisy | {"key": 4}), mode, ragged_params(), data
+    ).params
+    assert (largest_difference(runs[0], other) > 1e-4) == bool(method.noisy)
+
+
+@every_case
+def test_population(method, mode):
+    """vmap over the factory and init: members with equal params and own keys differ."""
+    data = batches(1, method.length)[0]
+
+    def member(key):
+        tx = method.make(mode=mode, **method.noisy | {"key": key})
+        params = ragged_params()
+        return update(tx, mode, params, tx.init(params), data)[0]
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    together = jax.vmap(member)(keys)
+    for i, key in enumerate(keys):
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), member(key))
+    w = together["layer"]["w"]
+    assert (jnp.abs(w[0] - w[1]).max() > 1e-4) == bool(method.noisy)
+
+
+@every_case
+def test_off_is_the_known_optimizer(method, mode):
+    """In a limit of its arguments the method is an optimizer that everybody knows."""
+    data = batches(6, 1)
+    off = train(method.make(**method.off, mode=mode), mode, ragged_params(), data)
+    known = train(method.off_is, "transparent", ragged_params(), data)
+    # x - mu cancels digits, which Adam's division brings back.
+    assert_close(off.params, known.params, factor=10)
+
+
+@every_case
+def test_on_closed_form(method, mode, x64):
+    """One update on a shifted, skewed quadratic, and it is not the *off* update."""
+    rng = np.random.default_rng(5)
+    rotation, _ = np.linalg.qr(rng.normal(size=(4, 4)))
+    H = rotation @ np.diag([3.0, 1.0, 0.3, 0.05]) @ rotation.T
+    quadratic = Quadratic(H, np.array([1.0, -2.0, 0.5, 3.0]))
+    x = np.array([-0.7, 0.4, 2.0, 1.1])
+
+    def f(params, batch):
+        return (params - quadratic.c) @ H @ (params - quadratic.c) / 2
+
+    tx = method.make(**method.closed_form_arguments, mode=mode)
+    length = method.closed_form_arguments.get("num_steps", method.length)
+    run = train(tx, mode, jnp.asarray(x), jnp.zeros((1, length)), loss=f)
+    expected = x + method.closed_form(quadratic, x)
+    np.testing.assert_allclose(run.params, expected, rtol=0, atol=1e-12)
+    off = train(
+        method.make(**method.closed_form_arguments | method.off, mode=mode),
+        mode, jnp.asarray(x), jnp.zeros((1, 1)), loss=f,
+    )  # fmt: skip
+    assert largest_difference(off.params, run.params) > 1e-3
+
+
+INNER_TRANSFORMS = {
+    "none": None,
+    "clip": optax.clip_by_global_norm(0.1),
+    "decay_and_momentum": optax.chain(
+        optax.add_decayed_weights(0.1), optax.trace(0.9, nesterov=True)
+    ),
+}
+
+
+@every_method
+@pytest.mark.parametrize("inner", list(INNER_TRANSFORMS))
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_modes_agree(method, inner, dtype):
+    if len(method.modes) == 1:
+        pytest.skip("one mode only")
+    data = batches(4, method.length, dtype)
+    scanned, transparent = (
+        train(
+            method.make(
+                mode=mode, inner_transform=INNER_TRANSFORMS[inner], **method.noisy
+            ),
+            mode,
+            ragged_params(dtype),
+            data,
+        )
+        for mode in ("scanned", "transparent")
+    )
+    assert_close(scanned.params, transparent.params, dtype)
+    assert_equal(
+        scanned.state.gradient_evaluations, transparent.state.gradient_evaluations
+    )
+    if inner != "none":
+        without = train(
+            method.make(**method.noisy), "scanned", ragged_params(dtype), data
+        )
+        assert largest_difference(scanned.params, without.params) > 1e-2
+
+
+@every_case
+def test_inner_transform_reaches_every_gradient(method, mode):
+    """A transformation that zeroes each gradient leaves nothing of the loss."""
+    zero = optax.set_to_zero()
+    data = batches(2, method.length)
+    tx = method.make(mode=mode, inner_transform=zero)
+    blind = train(tx, mode, ragged_params(), data)
+    flat = train(tx, mode, ragged_params(), data, loss=lambda p, b: 0.0 * loss(p, b))
+    assert_equal(blind.params, flat.params)
+    seen = []
+
+    def record(updates, state, params=None):
+        jax.debug.callback(lambda g: seen.append(float(g)), optax.tree.norm(updates))
+        return updates, state
+
+    spy = optax.GradientTransformation(lambda params: (), record)
+    clip = optax.chain(optax.clip_by_global_norm(1e-3), spy)
+    train(method.make(mode=mode, inner_transform=clip), mode, ragged_params(), data)
+    jax.effects_barrier()
+    assert len(seen) == 2 * method.length
+    assert max(seen) < 1.001e-3
+
+
+@every_case
+def test_gradient_evaluations_counted(method, mode):
+    calls = []
+
+    def counted(params, batch):
+        jax.debug.callback(lambda: calls.append(None))
+        return loss(params, batch)
+
+    run = train(
+        method.make(mode=mode),
+        mode,
+        ragged_params(),
+        batches(3, method.length),
+        loss=counted,
+    )
+    jax.effects_barrier()
+    count = int(optax.tree.get(run.state, "gradient_evaluations"))
+    assert count == len(calls) == 3 * method.length
+
+
+@every_method
+def test_program_size_does_not_grow(method):
+    def size(length):
+        tx = method.make(num_steps=length)
+        params = ragged_params()
+        step = jax.jit(functools.partial(update, tx, "scanned"))
+        return len(step.lower(params, tx.init(params), batches(1, length)[0]).as_text())
+
+    assert size(60) < 1.02 * size(6)
+
+
+@every_case
+def test_resume_bit_exact(method, mode, tmp_path):
+    """Orbax saves in mid-walk and while a schedule moves; typed keys survive."""
+    ocp = pytest.importorskip("orbax.checkpoint")
+    name = next(iter(method.floats))
+    schedule = optax.linear_schedule(method.floats[name], 2 * method.floats[name], 5)
+    tx = method.make(mode=mode, **method.noisy | {name: schedule})
+    data = batches(4, method.length)
+    if mode == "transparent":
+        data = data.reshape(-1, *data.shape[2:])[:, None]  # one gradient per call
+    half = len(data) // 2 + (mode == "transparent")
+    assert mode == "scanned" or half % method.length
+    straight = train(tx, mode, ragged_params(), data)
+    first = train(tx, mode, ragged_params(), data[:half])
+    saved = {"params": first.params, "state": first.state}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "checkpoint", saved)
+        checkpointer.wait_until_finished()
+        fresh = {"params": ragged_params(), "state": tx.init(ragged_params())}
+        restored = checkpointer.restore(tmp_path / "checkpoint", fresh)
+    assert_equal(restored, saved)
+    resumed = train(tx, mode, restored["params"], data[half:], restored["state"])
+    assert_equal((resumed.params, resumed.state), (straight.params, straight.state))
+
+
+@every_method
+def test_errors_say_what_to_do(method):
+    for arguments, error, words in method.bad:
+        with pytest.raises(error, match=words):
+            method.make(**arguments)
+    if method.noisy:
+        arguments = {k: v for k, v in method.arguments.items() if k != "key"}
+        with pytest.raises(TypeError, match="key"):
+            method.factory(**arguments)

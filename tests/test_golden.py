@@ -1,0 +1,88 @@
+"""Trajectories of published codes, replayed in float64."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problem import train
+
+import optax_flat
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load(name):
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    return json.loads(str(arrays.pop("meta"))), arrays
+
+
+def cross_entropy(params, batch):
+    """The problem of all golden files: softmax regression on a minibatch."""
+    X, y = batch
+    logits = X @ params["W"] + params["b"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+class Minibatches:
+    """(X, y) pairs that can be indexed like one stacked array."""
+
+    def __init__(self, X, y):
+        self.X, self.y = X, y
+
+    def __iter__(self):
+        return zip(self.X, self.y, strict=True)
+
+    def __getitem__(self, index):
+        return self.X[index], self.y[index]
+
+
+jax.tree_util.register_pytree_node(
+    Minibatches, lambda m: ((m.X, m.y), None), lambda _, xy: Minibatches(*xy)
+)
+
+
+def ucla(config, langevin):
+    """The authors' arguments in ours."""
+    wd, momentum = config["weight_decay"], config["momentum"]
+    decay = optax.add_decayed_weights(wd) if wd else optax.identity()
+    inner_momentum = optax.trace(momentum, nesterov=config["nesterov"])
+    return {
+        "outer": optax.chain(
+            decay, optax.sgd(config["lr"], momentum or None, config["nesterov"])
+        ),
+        "inner_transform": optax.chain(decay, inner_momentum) if momentum else decay,
+        "num_steps": config["L"],
+        "step_size": langevin["lr"],
+        "gamma": config["g0"],
+        "scoping": 0.0,  # their exponent is never advanced
+        "noise": float(np.sqrt(2) * config["eps"]),
+        "averaging": 1 - langevin["beta1"],
+    }
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", ["plain", "scoping", "nesterov_wd"])
+def test_entropy_sgd(name, mode, x64):
+    meta, golden = load(f"entropy_sgd_{name}")
+    arguments = ucla(meta["config"], meta["langevin"])
+    tx = optax_flat.local_entropy(**arguments, mode=mode, key=0)
+    params = {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
+    state = tx.init(params)
+    if meta["config"]["momentum"]:
+        # Their outer buffer starts as the first raw gradient, ours at zero.
+        first = {"W": golden["outer_momentum0_W"], "b": golden["outer_momentum0_b"]}
+        state = optax.tree.set(state, trace=jax.tree.map(jnp.asarray, first))
+    # The first of their 1 + L gradients is thrown away.
+    data = [
+        Minibatches(jnp.asarray(X), jnp.asarray(y))
+        for X, y in zip(golden["X"][:, 1:], golden["y"][:, 1:], strict=True)
+    ]
+    run = train(tx, mode, params, data, state, loss=cross_entropy)
+    for leaf in ("W", "b"):
+        ours = np.stack([params[leaf] for params in run.path])
+        np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=1e-10)
