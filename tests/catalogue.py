@@ -39,11 +39,13 @@ class Method(NamedTuple):
     length: int = 4  # gradients per outer update, with these arguments
 
     def make(self, **overrides: Any) -> optax.GradientTransformationExtraArgs:
-        """The optimizer, with some arguments replaced; equal ones are one object."""
+        """The optimizer with some arguments replaced; equal ones are one object."""
         try:
-            return _make(self.name, tuple(sorted(overrides.items())))
-        except TypeError:  # arguments that cannot be hashed
+            key = tuple((k, v, type(v)) for k, v in sorted(overrides.items()))
+            hash(key)
+        except TypeError:
             return self.factory(**self.arguments | overrides)
+        return _make(self.name, key)
 
     @property
     def factory(self) -> Callable[..., Any]:
@@ -175,4 +177,4 @@ METHODS = [
 def _make(name: str, overrides: tuple) -> optax.GradientTransformationExtraArgs:
     # One object for all tests means one compilation of its update.
     method = next(method for method in METHODS if method.name == name)
-    return method.factory(**method.arguments | dict(overrides))
+    return method.factory(**method.arguments | {k: v for k, v, _ in overrides})

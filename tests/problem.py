@@ -45,12 +45,15 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
     """One outer update in either mode on the minibatches `stack` [L, ...]."""
     grad = jax.grad(loss)
     if mode == "scanned":
+        first, rest = (
+            jax.tree.map(lambda x, i=i: x[i], stack) for i in (0, slice(1, None))
+        )
         updates, state = tx.update(
-            grad(params, stack[0]),
+            grad(params, first),
             state,
             params,
             grad_fn=grad,
-            batches=stack[1:],
+            batches=rest,
             **extra_args,
         )
         return optax.apply_updates(params, updates), state

@@ -28,24 +28,6 @@ def cross_entropy(params, batch):
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
-class Minibatches:
-    """(X, y) pairs that can be indexed like one stacked array."""
-
-    def __init__(self, X, y):
-        self.X, self.y = X, y
-
-    def __iter__(self):
-        return zip(self.X, self.y, strict=True)
-
-    def __getitem__(self, index):
-        return self.X[index], self.y[index]
-
-
-jax.tree_util.register_pytree_node(
-    Minibatches, lambda m: ((m.X, m.y), None), lambda _, xy: Minibatches(*xy)
-)
-
-
 def ucla(config, langevin):
     """The authors' arguments in ours."""
     wd, momentum = config["weight_decay"], config["momentum"]
@@ -79,7 +61,7 @@ def test_entropy_sgd(name, mode, x64):
         state = optax.tree.set(state, trace=jax.tree.map(jnp.asarray, first))
     # The first of their 1 + L gradients is thrown away.
     data = [
-        Minibatches(jnp.asarray(X), jnp.asarray(y))
+        (jnp.asarray(X), jnp.asarray(y))
         for X, y in zip(golden["X"][:, 1:], golden["y"][:, 1:], strict=True)
     ]
     run = train(tx, mode, params, data, state, loss=cross_entropy)

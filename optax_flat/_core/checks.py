@@ -42,16 +42,19 @@ def number(
     open_low: bool = False,
 ) -> Any:
     """A float or a schedule; a concrete float must lie in [low, high]."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value):
         return value
     interval = f"{'(' if open_low else '['}{low:g}, {high:g}]".replace("inf]", "inf)")
-    if isinstance(value, bool) or not (np.isscalar(value) or hasattr(value, "dtype")):
+    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
+    if isinstance(value, bool) or not is_number:
         raise TypeError(
             f"`{name}` must be a float in {interval} or a schedule (a function of the "
             f"number of outer updates), got {value!r} of type {type(value).__name__}."
         )
     try:
-        concrete = float(value)  # pyright: ignore[reportArgumentType]
+        concrete = float(value)
+    except jax.errors.ConcretizationTypeError:
+        return value  # traced: known only when it runs
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"`{name}` must be a scalar in {interval} or a schedule, got {value!r}."
@@ -78,10 +81,11 @@ def key(value: Any) -> jax.Array:
     """A typed PRNG key from a typed key, a raw key or an int seed."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):
         return jax.random.key(int(value))
-    if trees.is_key(value) and value.shape == ():
-        return value
-    if getattr(value, "dtype", None) == jnp.uint32 and value.ndim == 1:
-        return jax.random.wrap_key_data(jnp.asarray(value))
+    if isinstance(value, jax.Array | np.ndarray):
+        if trees.is_key(value) and value.ndim == 0:
+            return jnp.asarray(value)
+        if value.dtype == jnp.uint32 and value.ndim == 1:
+            return jax.random.wrap_key_data(jnp.asarray(value))
     raise ValueError(
         "`key` must be one typed key (jax.random.key(0)), one raw key "
         f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Members of a "

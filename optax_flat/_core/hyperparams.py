@@ -45,7 +45,7 @@ def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
 class ScheduledState(NamedTuple):
     """State of `scheduled`: the number of updates and the optimizer's own state."""
 
-    count: jax.Array  # int32, []
+    count: jax.typing.ArrayLike  # int32, [] # pyright: ignore[reportIncompatibleMethodOverride]
     inner_state: optax.OptState
 
 
