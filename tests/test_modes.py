@@ -1,0 +1,265 @@
+"""Walks that users write themselves, and what `update` says to wrong input."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problem import assert_close, batches, loss, ragged_params, train, update
+
+import optax_flat
+from optax_flat import Walk, scanned, transparent
+
+
+class Memory(NamedTuple):
+    velocity: optax.Updates
+    offset: optax.Updates  # anchor minus first point
+
+
+class Inner(NamedTuple):
+    point: optax.Params
+    grads: optax.Updates
+
+
+def nesterov_walk(lr=0.05, m=0.9):
+    """Nesterov's momentum as it is written in textbooks: the gradient is wanted at the
+    look-ahead point, so the first point of the walk is not the anchor."""
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        return Memory(zeros, zeros)
+
+    def start(memory, params):
+        return Inner(params, optax.tree.zeros_like(params))
+
+    def step(memory, inner, grads):
+        return Inner(inner.point, grads)
+
+    def finish(memory, inner, params):
+        velocity = optax.tree.add_scale(
+            optax.tree.scale(m, memory.velocity), lr, inner.grads
+        )
+        # The anchor moves by -v, and the next look-ahead is m v further.
+        offset = optax.tree.scale(m, velocity)
+        updates = jax.tree.map(
+            lambda old, v, new: old - v - new, memory.offset, velocity, offset
+        )
+        return updates, Memory(velocity, offset)
+
+    return Walk(1, init, start, step, finish)
+
+
+@pytest.mark.parametrize(
+    ("mode", "adapter"), [("scanned", scanned), ("transparent", transparent)]
+)
+def test_first_point_need_not_be_the_anchor(mode, adapter, x64):
+    """params are look-ahead points, which optax.sgd(nesterov=True) walks on as well;
+    eval_params are the textbook's iterates."""
+    data = batches(8, 1, jnp.float64)
+    run = train(adapter(nesterov_walk()), mode, ragged_params(jnp.float64), data)
+    known = optax.sgd(0.05, 0.9, nesterov=True)
+    assert_close(
+        run.params,
+        train(known, "transparent", ragged_params(jnp.float64), data).params,
+        jnp.float64,
+    )
+    theta = ragged_params(jnp.float64)
+    v = optax.tree.zeros_like(theta)
+    for batch in data[:, 0]:
+        ahead = jax.tree.map(lambda t, v: t - 0.9 * v, theta, v)
+        g = jax.grad(loss)(ahead, batch)
+        v = jax.tree.map(lambda v, g: 0.9 * v + 0.05 * g, v, g)
+        theta = optax.tree.sub(theta, v)
+    evaluated = optax_flat.eval_params(run.state, run.params)
+    assert_close(evaluated, theta, jnp.float64)
+
+
+def test_eval_params_of_a_frozen_leaf_with_offset():
+    mask = {"layer": True, "scale": False}
+    tx = optax_flat.masked(scanned(nesterov_walk()), mask)
+    run = train(tx, "scanned", ragged_params(), batches(2, 1))
+    evaluated = optax_flat.eval_params(run.state, run.params)
+    assert evaluated["scale"] == run.params["scale"]
+    assert (evaluated["layer"]["w"] != run.params["layer"]["w"]).any()
+
+
+def test_eval_params_of_any_optimizer():
+    params = ragged_params()
+    state = optax.adam(0.1).init(params)
+    assert optax_flat.eval_params(state, params) is params
+
+
+def test_unroll_changes_nothing_but_the_program():
+    data = batches(2, 5)
+    runs = [
+        train(
+            optax_flat.entropy_sgd(0.5, num_steps=5, noise=0.1, unroll=unroll, key=0),
+            "scanned", ragged_params(), data,
+        ).params
+        for unroll in (1, 2, True)
+    ]  # fmt: skip
+    assert_close(runs[1], runs[0])
+    assert_close(runs[2], runs[0])
+
+
+def test_default_batches_are_indices():
+    """grad_fn(params, i), i = 0 ... L - 2, as in optax.contrib.sam."""
+    stack = batches(1, 4)[0]
+    tx = optax_flat.entropy_sgd(0.5, num_steps=4, noise=0.0, key=0)
+    params, state = ragged_params(), tx.init(ragged_params())
+    grad = jax.grad(loss)
+    by_index, _ = tx.update(
+        grad(params, stack[0]), state, params,
+        grad_fn=lambda p, i: grad(p, stack[i + 1]),
+    )  # fmt: skip
+    by_batch, _ = tx.update(
+        grad(params, stack[0]), state, params, grad_fn=grad, batches=stack[1:]
+    )
+    assert_close(by_index, by_batch)
+
+
+def test_value_fn_is_differentiated():
+    """Hosts that pass `value`, `grad` and `value_fn` work."""
+    tx = optax_flat.entropy_sgd(0.5, num_steps=4, noise=0.0, key=0)
+    params, state = ragged_params(), tx.init(ragged_params())
+    batch = batches(1, 1)[0, 0]
+    value, grad = jax.value_and_grad(loss)(params, batch)
+    from_value_fn, _ = tx.update(
+        grad, state, params, value=value, grad=grad, value_fn=lambda p: loss(p, batch)
+    )
+    same_batch = jnp.stack([batch] * 3)
+    from_grad_fn, _ = tx.update(
+        grad, state, params, grad_fn=jax.grad(loss), batches=same_batch
+    )
+    assert_close(from_value_fn, from_grad_fn)
+
+
+def test_aux_is_threaded_and_dropped():
+    """Each inner pass sees what the one before left; the caller keeps its own."""
+    tx = optax_flat.entropy_sgd(0.5, num_steps=4, noise=0.0, has_aux=True, key=0)
+    seen = []
+
+    def grad_fn(params, batch, aux):
+        jax.debug.callback(lambda c: seen.append(int(c)), aux["count"], ordered=True)
+        return jax.grad(loss)(params, batch), {"count": aux["count"] + 1}
+
+    stack = batches(1, 4)[0]
+    params = ragged_params()
+    tx.update(
+        jax.grad(loss)(params, stack[0]), tx.init(params), params,
+        grad_fn=grad_fn, batches=stack[1:], aux={"count": jnp.array(10)},
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert seen == [10, 11, 12]
+
+
+def wrong(**changes: Any):
+    """One call of `update` in scanned mode with something wrong."""
+    stack = batches(1, 4)[0]
+    params = ragged_params()
+    tx = optax_flat.entropy_sgd(0.5, num_steps=4, key=0)
+    arguments = {
+        "updates": jax.grad(loss)(params, stack[0]),
+        "state": tx.init(params),
+        "params": params,
+        "grad_fn": jax.grad(loss),
+        "batches": stack[1:],
+    }
+    return lambda: tx.update(**arguments | changes)
+
+
+INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (wrong(params=None), ValueError, "`params` must be passed .* third argument"),
+        (wrong(grad_fn=None), ValueError, "`grad_fn` must be passed .* 4 gradients"),
+        (
+            wrong(grad_fn=lambda p, b: (p, 0)),
+            ValueError,
+            r"(?s)`grad_fn` returns must have the structure .* has_aux=True",
+        ),
+        (
+            wrong(grad_fn=lambda p, b: p["layer"]),
+            ValueError,
+            r"(?s)`grad_fn` returns must have the structure .* got: .* expected:",
+        ),
+        (
+            wrong(grad_fn=lambda p, b: jax.tree.map(lambda x: x[None], p)),
+            ValueError,
+            "must have the shapes of `params`",
+        ),
+        (
+            wrong(updates=ragged_params()["layer"]),
+            ValueError,
+            "The gradient given to `update` must have the structure",
+        ),
+        (
+            wrong(batches=batches(1, 4)[0]),
+            ValueError,
+            r"leading axis 3, got shape \(4, 5, 3\) .* pass `x\[1:\]`",
+        ),
+        (wrong(batches=jnp.array(1.0)), ValueError, r"leading axis 3, got shape \(\)"),
+        (
+            wrong(params=INT_PARAMS),
+            TypeError,
+            r"floating-point arrays only, .* int32 at \['scale'\]. .*optax_flat.masked",
+        ),
+        (
+            lambda: optax_flat.entropy_sgd(0.5, key=0).init(INT_PARAMS),
+            TypeError,
+            "floating-point arrays only",
+        ),
+        (
+            lambda: optax_flat.masked(optax.sgd(0.1), True).update(1.0, None),
+            ValueError,
+            "`params` must be passed to `update` of optax_flat.masked",
+        ),
+        (
+            lambda: scanned(nesterov_walk()._replace(length=0)),
+            ValueError,
+            "`walk.length` must be an int >= 1, got 0",
+        ),
+    ],
+)
+def test_errors_say_what_to_do(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_frozen_integers_are_fine():
+    params = ragged_params() | {"scale": jnp.array(2)}
+    mask = {"layer": True, "scale": False}
+    tx = optax_flat.masked(optax_flat.entropy_sgd(0.5, num_steps=3, key=0), mask)
+
+    def grad_fn(p, batch):
+        grads = jax.grad(lambda layer: loss(p | {"layer": layer}, batch))(p["layer"])
+        return {"layer": grads, "scale": jnp.zeros((), int)}
+
+    stack = batches(1, 3)[0]
+    updates, _ = tx.update(
+        grad_fn(params, stack[0]), tx.init(params), params,
+        grad_fn=grad_fn, batches=stack[1:],
+    )  # fmt: skip
+    assert optax.apply_updates(params, updates)["scale"] == 2
+    assert (np.asarray(updates["layer"]["w"]) != 0).any()
+
+
+def test_unused_branch_does_not_leak():
+    """Transparent mode: a NaN on the last inner point never meets the outer moments
+    of an update that was skipped."""
+    tx = optax_flat.entropy_adam(
+        0.1, num_steps=3, noise=0.0, mode="transparent", skip_nonfinite=True, key=0
+    )
+    data = batches(2, 3)
+    run = train(tx, "transparent", ragged_params(), data[:1])
+    poisoned = data[1].at[1].set(jnp.nan)
+    params, state = update(tx, "transparent", run.params, run.state, poisoned)
+    moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
+    before = optax.tree.get(run.state, "mu"), optax.tree.get(run.state, "nu")
+    jax.tree.map(np.testing.assert_array_equal, moments, before)
+    assert_close(params, run.params)
