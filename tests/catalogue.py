@@ -70,6 +70,11 @@ def gibbs_mean_step(q: Quadratic, x, *, num_steps, step_size, gamma, averaging):
     return x - center - weight @ (x - center)
 
 
+def first_adam(d, learning_rate, eps):
+    """Adam's first update on d."""
+    return learning_rate * d / (np.abs(d) + eps)
+
+
 WALK = {"num_steps": 7, "step_size": 0.15, "gamma": 0.8, "averaging": 0.6}
 NOISELESS = {**WALK, "noise": 0.0}
 LOCAL_ENTROPY_FLOATS = {
@@ -158,10 +163,7 @@ METHODS = [
         noisy={"noise": 0.02},
         off=LOCAL_ENTROPY_OFF,
         off_is=optax.chain(optax.scale(0.2), optax.adam(0.05)),
-        # Adam's first update is lr d / (|d| + eps).
-        closed_form=lambda q, x: (lambda d: -0.05 * d / (np.abs(d) + 0.1))(
-            gibbs_mean_step(q, x, **WALK)
-        ),
+        closed_form=lambda q, x: -first_adam(gibbs_mean_step(q, x, **WALK), 0.05, 0.1),
         closed_form_arguments=NOISELESS | {"eps": 0.1},
         bad=[
             *LOCAL_ENTROPY_BAD,

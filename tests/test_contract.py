@@ -160,9 +160,8 @@ def test_schedules_count_outer_updates(method, mode):
     for i, name in enumerate(names):
         jumped = run(i)
         for t, differs in enumerate([False, False, True]):
-            difference = largest_difference(
-                *jax.tree.map(lambda x: x[t], (jumped, none))
-            )  # noqa: B023
+            at_t = jax.tree.map(lambda x, t=t: x[t], (jumped, none))
+            difference = largest_difference(*at_t)
             assert (difference > 1e-6) == differs, (name, t)
 
 
@@ -296,7 +295,7 @@ def test_sharding_preserved(method, mode):
 @eight_devices
 @every_case
 def test_explicit_mesh(method, mode):
-    """Explicit sharding: types carry the sharding, and conditionals must agree on it."""
+    """Types carry the sharding here, and the branches of conditionals must agree."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
         start = jax.device_put(
@@ -405,7 +404,7 @@ def test_eval_params(method, mode, wrapper):
             evaluated = optax_flat.eval_params(state, params)
             mask = trained.get(wrapper, jax.tree.map(lambda _: True, anchor))
             jax.tree.map(
-                lambda e, a, p, ours: np.testing.assert_array_equal(e, a if ours else p),
+                lambda e, a, p, m: np.testing.assert_array_equal(e, a if m else p),
                 evaluated, anchor, params, mask,
             )  # fmt: skip
             if i > 0:

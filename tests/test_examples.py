@@ -7,6 +7,8 @@ import pathlib
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
+import pytest
 from flax import nnx
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
@@ -45,6 +47,64 @@ def updates(seen):
 
 def first_minibatch(batch, mode):
     return batch if mode == "transparent" else jax.tree.map(lambda x: x[0], batch)
+
+
+def test_compare_digits(tmp_path, capsys):
+    example = load("compare_digits")
+    results = example.main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    for name, runs in results.items():
+        assert len(runs) == 2
+        assert example.METHODS[name].label in shown
+        assert all(run.accuracy[-1] > 100 * ACCURACY for run in runs)
+        assert all(run.top_eigenvalue > 0 and run.trace_error > 0 for run in runs)
+    assert "standard error" in shown  # what the table shows, in words
+    assert (tmp_path / "compare_digits.png").stat().st_size > 10_000
+    assert shown.count("|") == 8 * (2 + len(results))
+    table = (tmp_path / "table.md").read_text()
+    assert table.strip() in shown
+    logs = sorted((tmp_path / "history").iterdir())
+    assert len(logs) == 2 * len(results)
+    assert len(json.loads(logs[0].read_text())["loss"]) == 6
+
+
+def test_compare_digits_measures_curvature():
+    """Largest eigenvalue and trace against the dense Hessian of a quadratic."""
+    example = load("compare_digits")
+    H = jnp.diag(jnp.linspace(0.1, 3.0, 12)).at[0, 1].set(0.3).at[1, 0].set(0.3)
+    top, trace, error = example.curvature(
+        lambda x, batch: x @ H @ x / 2, jnp.ones(12), (), jax.random.key(0)
+    )
+    assert abs(top - jnp.linalg.eigvalsh(H)[-1]) < 1e-4
+    assert abs(trace - jnp.trace(H)) < 5 * error
+    assert error < 0.2
+
+
+def test_compare_digits_stops_at_a_lost_run(tmp_path):
+    arguments = ["--smoke", "--scale-rates", "1e38", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="Stopped: the training loss became .*json"):
+        load("compare_digits").main(arguments)
+    log = json.loads((tmp_path / "history" / "SGD-0.json").read_text())
+    assert log["loss"][-1] in ("nan", "inf")
+
+
+def test_compare_digits_reads_other_data(tmp_path):
+    random = np.random.default_rng(0)
+    labels = {"train": random.integers(10, size=1400), "test": np.arange(50) % 10}
+    images = {  # digits that are easily told apart: bright at their number
+        part: np.uint8(200 * np.eye(12)[y][:, None] + random.integers(40, size=12))
+        for part, y in labels.items()
+    }
+    arrays = {f"{part}_images": x for part, x in images.items()}
+    arrays |= {f"{part}_labels": y for part, y in labels.items()}
+    np.savez(tmp_path / "data.npz", **arrays)
+    options = ["--data", str(tmp_path / "data.npz"), "--smoke", "--seeds", "1"]
+    results = load("compare_digits").main([*options, "--out", str(tmp_path)])
+    assert all(runs[0].accuracy[-1] > 99 for runs in results.values())
+    del arrays["test_labels"]
+    np.savez(tmp_path / "data.npz", **arrays)
+    with pytest.raises(SystemExit, match="Rename or add: test_labels"):
+        load("compare_digits").main(options)
 
 
 def test_linen(monkeypatch):

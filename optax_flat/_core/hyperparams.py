@@ -45,7 +45,7 @@ def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
 class ScheduledState(NamedTuple):
     """State of `scheduled`: the number of updates and the optimizer's own state."""
 
-    count: jax.typing.ArrayLike  # int32, [] # pyright: ignore[reportIncompatibleMethodOverride]
+    count: jax.Array  # int32, []
     inner_state: optax.OptState
 
 
@@ -71,6 +71,7 @@ def scheduled(
 
     def update(updates, state, params=None):
         updates, inner = build(state.count).update(updates, state.inner_state, params)
-        return updates, ScheduledState(optax.safe_increment(state.count), inner)
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return updates, ScheduledState(count, inner)
 
     return optax.GradientTransformation(init, update)

@@ -66,14 +66,15 @@ def masked(
         def whole(point):
             return trees.map_selected(lambda s, _: s, point, params)
 
-        def selected_grad_fn(point, batch, *aux):
-            out = grad_fn(whole(point), batch, *aux)
-            if aux:
-                return select(out[0], params), out[1]
-            return select(out, params)
-
         functions = {}
         if grad_fn is not None:
+
+            def selected_grad_fn(point, batch, *aux):
+                out = grad_fn(whole(point), batch, *aux)
+                if aux:
+                    return select(out[0], params), out[1]
+                return select(out, params)
+
             functions["grad_fn"] = selected_grad_fn
         if value_fn is not None:
             functions["value_fn"] = lambda point: value_fn(whole(point))

@@ -269,7 +269,7 @@ def transparent(
         memory = walk.init(params)
         inner, transform_state = walker.begin(memory, params)
         zero = jnp.zeros([], jnp.int32)
-        # A walk starts with several names for the params; donation needs one buffer each.
+        # A walk starts with several names for the params; donation needs a buffer each.
         return trees.copy(
             TransparentState(zero, zero, memory, zero, params, inner, transform_state)
         )

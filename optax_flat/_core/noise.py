@@ -11,9 +11,9 @@ spend few random bits:
   independent normals. The radius takes 65536 values, hence |z| <= 4.86; the first four
   moments agree with those of N(0, 1) to 1e-4.
 
-One call of the generator serves the whole tree: leaves take consecutive words. The paths
-of the leaves are folded into the key, so two groups of parameters (`optax.partition`)
-that were given one key do not share their draws.
+One call of the generator serves the whole tree: leaves take consecutive words. The
+paths of the leaves are folded into the key, so two groups of parameters
+(`optax.partition`) that were given one key do not share their draws.
 """
 
 import math
@@ -64,8 +64,8 @@ def draw(key: jax.Array, like: Any, kind: str) -> Any:
 def _words_shape(shape, per_word):
     """Rows and columns of the words for one leaf.
 
-    A word serves `per_word` entries of one *column*: neighbours along the last axis come
-    from neighbouring words by the same operation, which is what vector units do best.
+    A word serves `per_word` entries of one *column*: neighbours along the last axis
+    come from neighbouring words by one operation, which is what vector units do best.
     """
     size = math.prod(shape)
     columns = shape[-1] if len(shape) > 1 else math.ceil(size / per_word)
@@ -73,7 +73,7 @@ def _words_shape(shape, per_word):
 
 
 def _words(key, label, count):
-    # jax.random.bits would keep 32 of the 64 bits that one evaluation of threefry makes.
+    # jax.random.bits would keep 32 of the 64 bits that threefry makes at a time.
     seed = jax.random.bits(jax.random.fold_in(key, label), (2,), jnp.uint32)
     counter = jnp.arange(count, dtype=jnp.uint32)
     # Without the barrier XLA's CPU backend fuses the generator into the loops that read

@@ -45,7 +45,6 @@ def concrete(tree: Any) -> Any:
 
 def copy(tree: Any) -> Any:
     """Every leaf in a buffer of its own, so that state and params can be donated."""
-
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
 
 

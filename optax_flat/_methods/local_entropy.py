@@ -15,8 +15,8 @@ walk estimates that mean. One outer update is
         mu <- (1 - averaging) mu + averaging x'
     d = x - mu   goes to the outer optimizer as its gradient
 
-where z has mean 0 and variance 1. gamma is left out of d: gamma (x - mu) would grow with
-scoping and fight the decay of the learning rate.
+where z has mean 0 and variance 1. gamma is left out of d: gamma (x - mu) would grow
+with scoping and fight the decay of the learning rate.
 
 Paper: Chaudhari et al., arXiv 1611.01838 (ICLR 2017). Codes: ucla-vision/entropy-sgd
 (the authors'), and the Keras package EntropySGD. How we differ from each is at the end
@@ -84,7 +84,7 @@ class _Inner(NamedTuple):
     anchor: optax.Params
     key: jax.Array  # typed PRNG key, [], this walk's own
     # Changing at every step.
-    index: jax.Array  # int32, [], steps taken
+    taken: jax.Array  # int32, [], steps taken
     point: optax.Params
     mean: optax.Params
     probe: _Probe | None
@@ -99,7 +99,7 @@ class _Hyperparams(NamedTuple):
     noise: optax.ScalarOrSchedule
     averaging: optax.ScalarOrSchedule
 
-    def gamma_at(self, count: jax.Array) -> jax.Array:
+    def gamma_at(self, count: jax.Array) -> Any:
         """gamma_t."""
         return schedules.scoping(at(self.gamma, count), at(self.scoping, count))(count)
 
@@ -141,7 +141,7 @@ def _walk(
             inner.point, grads, inner.anchor,
         )  # fmt: skip
         if not noiseless:
-            step_key = jax.random.fold_in(inner.key, inner.index)
+            step_key = jax.random.fold_in(inner.key, inner.taken)
             scale = jnp.sqrt(eta) * at(hyperparams.noise, t)
             z = draw(step_key, point, noise_kind)
             point = jax.tree.map(lambda p, z: p + scale * z, point, z)
@@ -153,10 +153,10 @@ def _walk(
         if probe is not None:
             distance = trees.norm(optax.tree.sub(point, inner.anchor))
             probe = _Probe(
-                trees.where(inner.index == 0, grads, probe.first_gradient),
+                trees.where(inner.taken == 0, grads, probe.first_gradient),
                 probe.distance + distance,
             )
-        return _Inner(inner.anchor, inner.key, inner.index + 1, point, mean, probe)
+        return _Inner(inner.anchor, inner.key, inner.taken + 1, point, mean, probe)
 
     def finish(memory, inner, params):
         d = optax.tree.sub(inner.anchor, inner.mean)
@@ -174,7 +174,7 @@ def _walk(
                 inner.probe.distance / num_steps,
                 hyperparams.gamma_at(memory.count),
             )
-        count = optax.safe_increment(memory.count)
+        count = jnp.asarray(optax.safe_increment(memory.count))
         return updates, LocalEntropyState(count, memory.key, outer_state, report)
 
     return Walk(num_steps, init, start, step, finish)
@@ -223,8 +223,8 @@ def local_entropy(
     evaluations, which the state counts in `gradient_evaluations`.
 
     Args:
-      outer: an Optax optimizer that takes d, e.g. ``optax.sgd(1.0)``. It sees the anchor
-        x as params, and all its state is in the accumulator dtype.
+      outer: an Optax optimizer that takes d, e.g. ``optax.sgd(1.0)``. It sees the
+        anchor x as params, and all its state is in the accumulator dtype.
       num_steps: inner steps per outer update, >= 1.
       step_size: step of the walk, >= 0.
       gamma: stiffness of the spring that holds the walk near x, >= 0.
@@ -234,9 +234,9 @@ def local_entropy(
       averaging: weight of the *new* iterate in the running mean, in (0, 1].
       noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
         same weak order.
-      inner_transform: an Optax transformation of every inner gradient, before the spring
-        and the noise: clipping, weight decay, momentum. Its state starts afresh at
-        every outer update.
+      inner_transform: an Optax transformation of every inner gradient, before spring
+        and noise are added: clipping, weight decay, momentum. Its state starts afresh
+        at every outer update.
       mode: "scanned" (one call of `update` is one outer update) or "transparent" (one
         call is one gradient).
       unroll: scanned mode only, as in `jax.lax.scan`; True for convolutions on CPU.
@@ -549,9 +549,9 @@ def entropy_adam(
       <https://arxiv.org/abs/1611.01838>`_, 2017.
 
     Coming from the Keras package EntropySGD (class ``EntropyAdam``):
-      beta_1 is b1, beta_2 is b2, amsgrad is amsgrad, the rest as in `entropy_sgd`. There
-      the bias correction counts minibatches and so fades about `num_steps` times too
-      early; here it counts outer updates.
+      beta_1 is b1, beta_2 is b2, amsgrad is amsgrad, the rest as in `entropy_sgd`.
+      There the bias correction counts minibatches and so fades about `num_steps` times
+      too early; here it counts outer updates.
       Keras' amsgrad keeps the largest raw second moment, `optax.amsgrad` the largest
       bias-corrected one.
 

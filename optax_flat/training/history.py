@@ -109,8 +109,8 @@ class History:
             )
             raise FloatingPointError(
                 f"the training loss became {self.loss[-1]} in epoch {len(self.loss)}. "
-                "Lower the learning rate or step size, clip the gradients, or skip such "
-                f"updates with skip_nonfinite=True.{kept}"
+                "Lower the learning rate or step size, clip the gradients, or skip "
+                f"such updates with skip_nonfinite=True.{kept}"
             )
 
     def arrays(self) -> dict[str, np.ndarray]:

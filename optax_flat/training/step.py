@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, modes, trees
@@ -84,17 +85,20 @@ def make_train_step(
         is_scanned = bool(modes.states(opt_state, modes.ScannedState))
         _check_mode(mode, is_scanned)
         batch = jax.tree.map(lambda x: x[0], batches) if is_scanned else batches
-        first_aux = aux
+        # In transparent mode a pass may be inside a walk: it is given keys of its own,
+        # and what it makes of aux is dropped.
+        inside = jnp.array(False)
+        given = aux
         if walks and not is_scanned:
-            # Only the first pass of a walk is clean: the others leave no trace in aux.
             inside = walks[0].step > 0
             forked = _fork_keys(aux, walks[0].gradient_evaluations)
-            first_aux = trees.where(inside, forked, aux)
-        (loss, new_aux), grads = value_and_grad(params, batch, first_aux)
+            given = trees.where(inside, forked, aux)
+        (loss, new_aux), grads = value_and_grad(params, batch, given)
+        new_aux = trees.where(inside, aux, new_aux)
         extra_args = {
             "value": loss,
             "grad": grads,
-            "value_fn": lambda p: loss_and_aux(p, batch, first_aux)[0],
+            "value_fn": lambda p: loss_and_aux(p, batch, given)[0],
         }
         if is_scanned:
 
@@ -106,8 +110,6 @@ def make_train_step(
             extra_args["batches"] = jax.tree.map(lambda x: x[1:], batches)
             count = walks[0].gradient_evaluations + 1
             extra_args["aux"] = _fork_keys(new_aux, count)
-        elif walks:
-            new_aux = trees.where(inside, aux, new_aux)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
         params = optax.apply_updates(params, updates)
         return (params, opt_state, loss) + ((new_aux,) if has_aux else ())

@@ -1,6 +1,6 @@
 """Flax's train state, with extra arguments for the optimizer."""
 
-from typing import Any
+from typing import Any, Self
 
 import optax
 
@@ -24,19 +24,20 @@ class TrainState(train_state.TrainState):
       >>> import jax, jax.numpy as jnp, optax_flat
       >>> from optax_flat.training import TrainState
       >>> tx = optax_flat.entropy_sgd(1.0, num_steps=5, key=0)
-      >>> state = TrainState.create(apply_fn=None, params=jnp.ones(3), tx=tx)
+      >>> params = {"w": jnp.ones(3)}
+      >>> state = TrainState.create(apply_fn=None, params=params, tx=tx)
       >>> @jax.jit
       ... def train_step(state, batches):
-      ...     grad_fn = jax.grad(lambda p, batch: jnp.mean((p - batch) ** 2))
+      ...     grad_fn = jax.grad(lambda p, batch: jnp.mean((p["w"] - batch) ** 2))
       ...     grads = grad_fn(state.params, batches[0])
       ...     return state.apply_gradients(
       ...         grads=grads, grad_fn=grad_fn, batches=batches[1:])
       >>> state = train_step(state, jnp.zeros((5, 8, 3)))
-      >>> int(state.step), bool(jnp.all(state.params < 1))
+      >>> int(state.step), bool(jnp.all(state.params["w"] < 1))
       (1, True)
     """
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """One call of the optimizer's `update`.
 
         Args:
@@ -54,13 +55,13 @@ class TrainState(train_state.TrainState):
         }
         tx = optax.with_extra_args_support(self.tx)
 
-        def update(grads, opt_state, params=None):
-            return tx.update(grads, opt_state, params, **kwargs)
+        def update(updates, state, params=None):
+            return tx.update(updates, state, params, **kwargs)
 
         # Flax's own method does the work, on an optimizer that knows the arguments.
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        state = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)
-        return state.replace(tx=self.tx)
+        after: Any = super(TrainState, bound).apply_gradients(grads=grads, **fields)
+        return after.replace(tx=self.tx)
 
     def eval_params(self) -> optax.Params:
         """The params to evaluate and to save, see `optax_flat.eval_params`."""

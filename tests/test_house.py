@@ -1,0 +1,101 @@
+"""The import graph, the public names and the extras."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import optax_flat
+
+PACKAGE = Path(optax_flat.__file__).parent
+# What each part may import of ours. `training` holds the helpers that run methods.
+ALLOWED = {
+    "_core": {"_core"},
+    "schedules": {"_core"},
+    "_methods": {"_core", "schedules"},
+    "training": {"_core", "training"},
+    "__init__": {"_core", "_methods", "schedules", "training"},
+}
+RUN_TIME = {"jax", "optax", "numpy", "optax_flat"}
+EXTRAS = {"flax", "tqdm"}
+
+
+def imports(tree):
+    """(module, whether it is imported when the file is)."""
+    top = set(ast.iter_child_nodes(tree))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node in top) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "absolute imports only"
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}", node in top
+
+
+def part(path):
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def test_imports_run_one_way():
+    methods = {path.stem for path in (PACKAGE / "_methods").glob("*.py")}
+    for path in PACKAGE.rglob("*.py"):
+        for module, at_top in imports(ast.parse(path.read_text())):
+            names = module.split(".")
+            assert names[:2] != ["optax", "_src"], path
+            if names[0] == "optax_flat":
+                assert names[1] in ALLOWED[part(path)], f"{path}: {module}"
+                if part(path) == "_methods" and path.stem != "parle":
+                    assert names[-1] not in methods, f"{path}: {module}"
+            elif names[0] not in sys.stdlib_module_names:
+                lazy = not at_top or path.stem == "train_state"
+                assert names[0] in RUN_TIME or (names[0] in EXTRAS and lazy), path
+
+
+def test_core_install_imports_without_extras():
+    blocked = [
+        "flax",
+        "tqdm",
+        "matplotlib",
+        "matfree",
+        "orbax",
+        "sklearn",
+        "chex",
+        "equinox",
+    ]
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked!r}))
+import optax_flat, optax_flat.training
+assert optax_flat.entropy_sgd(0.1, key=0)
+try:
+    optax_flat.training.TrainState
+except ImportError as error:
+    assert "optax_flat[flax]" in str(error), error
+else:
+    raise AssertionError("TrainState without Flax")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_naming_rules():
+    """Settings are keyword-only and annotated; docstrings follow the template."""
+    for name, value in vars(optax_flat).items():
+        if name.startswith("_") or not inspect.isfunction(value):
+            continue
+        parameters = list(inspect.signature(value).parameters.values())
+        optional = [p for p in parameters if p.default is not p.empty]
+        assert all(p.kind is p.KEYWORD_ONLY for p in optional), name
+        assert all(p.annotation is not p.empty for p in parameters), name
+        for section in ("Args:", "Returns:", "Example:"):
+            assert section in value.__doc__, f"{name}: {section}"
+        for parameter in parameters:
+            assert f"      {parameter.name}: " in value.__doc__, (name, parameter.name)
+        if hasattr(value, "static_args"):
+            for section in ("Raises:", "References:", "Differs from the paper:"):
+                assert section in value.__doc__, f"{name}: {section}"
+
+
+def test_version():
+    assert optax_flat.__version__.count(".") >= 2

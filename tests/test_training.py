@@ -1,0 +1,231 @@
+"""make_train_step, TrainState and History."""
+
+import json
+import math
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problem import assert_close, batches, loss, ragged_params, train
+
+import optax_flat
+from optax_flat.training import History, TrainState, make_train_step
+
+MODES = ["scanned", "transparent"]
+
+
+def make(mode, **arguments):
+    settings = {"num_steps": 4, "noise": 0.05, "mode": mode, "key": 0}
+    return optax_flat.entropy_sgd(0.5, **settings | arguments)
+
+
+def feed(stack, mode):
+    """What a step takes: a stack of minibatches, or one after the other."""
+    return [stack] if mode == "scanned" else list(stack)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("donate", [False, True])
+def test_step_is_the_optimizer(mode, donate):
+    tx = make(mode)
+    step = make_train_step(loss, tx, donate=donate)
+    params, state = ragged_params(), tx.init(ragged_params())
+    data = batches(3, 4)
+    for stack in data:
+        for i, batch in enumerate(feed(stack, mode)):
+            anchor = jax.tree.map(jnp.copy, params)
+            params, state, value = step(params, state, batch)
+            if i == 0:
+                assert_close(value, loss(anchor, stack[0]))
+    assert_close(params, train(tx, mode, ragged_params(), data).params)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.adam(0.1),
+        optax.lbfgs(),
+        optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau()),
+        optax.MultiSteps(optax.adam(0.1), 2),
+        optax.MultiSteps(make("transparent"), 2),
+    ],
+)
+def test_step_for_any_optimizer(tx):
+    step = make_train_step(loss, tx)
+    params, state = ragged_params(), tx.init(ragged_params())
+    batch = batches(1, 1)[0, 0]
+    first = loss(params, batch)
+    for _ in range(30):
+        params, state, _ = step(params, state, batch)
+    assert loss(params, batch) < 0.9 * first
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_aux_moves_once_per_update_and_keys_never_repeat(mode):
+    """Statistics move in the clean pass only; every pass draws with its own key."""
+    seen = []
+
+    def loss_fn(params, batch, aux):
+        key, used = jax.random.split(aux["key"])
+        # A second stream counts, as flax.nnx does: its key stays and a count moves.
+        stream = jax.random.fold_in(aux["stream"], aux["count"])
+        for k in (used, stream):
+            data = jax.random.key_data(k)
+            jax.debug.callback(lambda d: seen.append(tuple(map(int, d))), data)
+        moved = {"key": key, "stream": aux["stream"], "count": aux["count"] + 1}
+        return loss(params, batch), moved
+
+    tx = make(mode, has_aux=True)
+    step = make_train_step(loss_fn, tx, has_aux=True)
+    params, state = ragged_params(), tx.init(ragged_params())
+    aux = {
+        "key": jax.random.key(1),
+        "stream": jax.random.key(2),
+        "count": jnp.array(0, jnp.uint32),
+    }
+    for t, stack in enumerate(batches(3, 4)):
+        for batch in feed(stack, mode):
+            params, state, _, aux = step(params, state, batch, aux)
+        assert int(aux["count"]) == t + 1
+    jax.effects_barrier()
+    assert len(seen) == 2 * 3 * 4
+    assert len(set(seen)) == len(seen)
+
+
+def test_modes_are_read_off_the_state():
+    wrong = make_train_step(loss, make("transparent"), mode="scanned")
+    tx = make("transparent")
+    with pytest.raises(ValueError, match="`mode` is 'scanned', but .* transparent"):
+        wrong(ragged_params(), tx.init(ragged_params()), batches(1, 4)[0])
+    with pytest.raises(ValueError, match="`mode` must be one of 'scanned'"):
+        make_train_step(loss, tx, mode="opaque")
+
+
+def test_too_many_minibatches_are_an_error():
+    tx = make("scanned")
+    step = make_train_step(loss, tx)
+    with pytest.raises(ValueError, match="leading axis 3, got shape"):
+        step(ragged_params(), tx.init(ragged_params()), batches(1, 6)[0])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equinox(mode):
+    """An Equinox model: its arrays are the params, the rest is closed over."""
+    model = eqx.nn.MLP(3, 1, 8, 1, activation=jnp.tanh, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss_fn(params, batch):
+        predict = jax.vmap(eqx.combine(params, static))
+        return jnp.mean((predict(batch)[:, 0] - batch[:, 0]) ** 2)
+
+    tx = make(mode, noise=1e-3)
+    step = make_train_step(loss_fn, tx)
+    state = tx.init(params)
+    first = loss_fn(params, batches(1, 1)[0, 0])
+    for stack in batches(60, 4):
+        for batch in feed(stack, mode):
+            params, state, _ = step(params, state, batch)
+    params = optax_flat.eval_params(state, params)
+    assert loss_fn(params, batches(1, 1)[0, 0]) < 0.3 * first
+
+
+def test_train_state_separates_fields_from_extra_arguments():
+    class State(TrainState):
+        batch_stats: int
+
+    seen = {}
+
+    def update(updates, state, params=None, **extra_args):
+        seen.update(extra_args)
+        return updates, state
+
+    tx = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    state = State.create(apply_fn=None, params={"w": jnp.ones(2)}, tx=tx, batch_stats=1)
+    after = state.apply_gradients(
+        grads={"w": jnp.ones(2)}, batch_stats=7, value=3.0, grad_fn=None
+    )
+    assert seen == {"value": 3.0, "grad_fn": None}
+    assert (after.batch_stats, int(after.step)) == (7, 1)
+    assert after.tx is tx
+    np.testing.assert_array_equal(after.params["w"], 2.0)
+
+
+def test_train_state_takes_plain_optimizers_and_evaluates():
+    params = {"w": jnp.ones(2)}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1))
+    state = state.apply_gradients(grads=params, value=1.0)
+    np.testing.assert_allclose(state.params["w"], 0.9)
+    assert state.eval_params() is state.params
+    tx = optax.chain(optax.clip(1.0), make("transparent"))
+    state = TrainState.create(apply_fn=None, params=params, tx=tx)
+    state = state.apply_gradients(grads=params)
+    assert (state.params["w"] != 1.0).all()
+    np.testing.assert_array_equal(state.eval_params()["w"], 1.0)
+
+
+def test_history_effective_epochs():
+    """One effective epoch is L epochs of single gradients, or one scanned epoch."""
+    values = [6.0, 4.0, 2.0, 3.0, 2.0, 1.0, 9.0]
+    transparent, scanned = History(3), History(3, mode="scanned")
+    for history in (transparent, scanned):
+        for value in values:
+            history.record(value, jnp.asarray(value / 2))
+    assert transparent.eff_loss == [4.0, 2.0]
+    assert transparent.eff_val_loss == [2.0, 1.0]
+    assert scanned.eff_loss == scanned.loss == values
+    arrays = transparent.arrays()
+    np.testing.assert_array_equal(arrays["effective_epoch"], [3, 6])
+    np.testing.assert_array_equal(arrays["epoch"], np.arange(1, 8))
+
+
+def test_history_survives_the_disk(tmp_path):
+    path = tmp_path / "runs" / "a.json"
+    with History(2, path=path) as history:
+        history.record(1.0)
+        history.record(0.1 + 0.2, 7.0)
+    again = History.load(path, path=path)
+    assert again.loss == history.loss
+    assert math.isnan(again.val_loss[0]) and again.val_loss[1] == 7.0
+    again.record(5.0)
+    third = History.load(path)
+    assert third.loss == [1.0, 0.1 + 0.2, 5.0]
+    assert third.num_steps == 2
+    assert list(tmp_path.rglob("*")) == [path.parent, path]  # no temporary file is left
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_history_stops_at_a_lost_run_and_keeps_the_file(tmp_path, value):
+    path = tmp_path / "a.json"
+    words = rf"became {value} in epoch 2.*{path}"
+    with pytest.raises(FloatingPointError, match=words), History(path=path) as history:
+        history.record(1.0)
+        history.record(value)
+    assert json.loads(path.read_text())["loss"] == [1.0, str(value)]
+    np.testing.assert_array_equal(History.load(path).loss, [1.0, value])
+
+
+def test_history_errors(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="`num_steps` must be an int >= 1, got 0"):
+        History(0)
+    with pytest.raises(ValueError, match="`mode` must be one of"):
+        History(mode="both")
+    path = tmp_path / "other.json"
+    path.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="not a History file: expected"):
+        History.load(path)
+    monkeypatch.setitem(sys.modules, "tqdm.auto", None)
+    with pytest.raises(ImportError, match=r"optax_flat\[progress\]"):
+        History(progress=True)
+
+
+def test_history_progress_line(capsys):
+    with History(total_epochs=2, progress=True, label="run") as history:
+        history.record(0.5, 0.25)
+        history.record(0.125)
+    shown = capsys.readouterr().err
+    assert "run: 100%" in shown
+    assert "loss=0.125" in shown
