@@ -21,7 +21,7 @@ def scoping(gamma: float, scoping: float) -> optax.Schedule:
       scoping: growth per outer update, > -1. 0 keeps gamma constant.
 
     Returns:
-      A schedule.
+      A schedule, finite at every count.
 
     Raises:
       ValueError: gamma negative, or scoping not above -1.
@@ -40,7 +40,11 @@ def scoping(gamma: float, scoping: float) -> optax.Schedule:
     checks.number("scoping", scoping, -1.0, open_low=True)
 
     def schedule(count):
-        # exp and log1p: (1 + scoping) ** count loses digits as count grows.
-        return gamma * jnp.exp(jnp.asarray(count, float) * jnp.log1p(scoping))
+        # exp and log1p: (1 + scoping) ** count loses digits as count grows. The growth
+        # stays finite, so that gamma = 0 and a step size of 0 never meet infinity.
+        exponent = jnp.asarray(count, float) * jnp.log1p(scoping)
+        largest = jnp.finfo(exponent.dtype).max
+        growth = jnp.exp(jnp.minimum(exponent, jnp.log(largest) - 1.0))
+        return jnp.minimum(gamma * growth, largest)
 
     return schedule

@@ -108,6 +108,7 @@ LOCAL_ENTROPY_BAD = [
     ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
     ({"key": 0.5}, ValueError, "`key` must be one typed key .* got 0.5"),
     ({"inner_transform": 1.0}, TypeError, "`inner_transform` must be an optax"),
+    ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be a floating"),
 ]
 
 METHODS = [
@@ -167,8 +168,8 @@ METHODS = [
         closed_form_arguments=NOISELESS | {"eps": 0.1},
         bad=[
             *LOCAL_ENTROPY_BAD,
-            ({"b1": -0.1}, ValueError, r"`b1` must lie in \[0, 1\], got -0.1"),
-            ({"b2": 2.0}, ValueError, r"`b2` must lie in \[0, 1\], got 2"),
+            ({"b1": -0.1}, ValueError, r"`b1` must lie in \[0, 1\), got -0.1"),
+            ({"b2": 1.0}, ValueError, r"`b2` must lie in \[0, 1\), got 1"),
             ({"eps": -1.0}, ValueError, "`eps` must lie in"),
         ],
     ),

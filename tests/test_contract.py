@@ -482,22 +482,22 @@ def test_wraps_in_apply_if_finite(method, mode, dtype):
 
 @every_case
 def test_nonfinite_skipped_and_counted(method, mode):
-    """A NaN born on an inner step: no update, nothing poisoned, one counted."""
-    tx = method.make(mode=mode, **method.noisy, skip_nonfinite=True)
+    """NaN or infinity anywhere in a walk: no update, nothing poisoned, one counted."""
+    tx = method.make(mode=mode, skip_nonfinite=True, **method.noisy)
     data = batches(3, method.length)
-    poisoned = data.at[1, method.length // 2].set(jnp.nan)
-    run = train(tx, mode, ragged_params(), poisoned)
-    assert_close(run.path[1], run.path[0])
-    assert int(run.state.skipped) == 1
-    assert int(run.state.gradient_evaluations) == 3 * method.length
-    # All else is as if that update had not been asked for.
     without = train(tx, mode, ragged_params(), data[jnp.array([0, 2])])
-    assert_close(run.params, without.params)
-    assert_close(_floats(run.state.memory), _floats(without.state.memory))
+    for position in range(method.length):
+        for value in (jnp.nan, jnp.inf):
+            poisoned = data.at[1, position].set(value)
+            run = train(tx, mode, ragged_params(), poisoned)
+            assert_close(run.path[1], run.path[0])
+            assert int(run.state.skipped) == 1
+            assert int(run.state.gradient_evaluations) == 3 * method.length
+            # All else is as if that update had not been asked for.
+            assert_close(run.params, without.params)
+            assert_close(_floats(run.state.memory), _floats(without.state.memory))
     # Without the guard the run is lost, so the test above tests something.
-    lost = train(
-        method.make(mode=mode, **method.noisy), mode, ragged_params(), poisoned
-    )
+    lost = train(method.make(mode=mode), mode, ragged_params(), poisoned)
     assert not np.isfinite(lost.params["scale"])
 
 

@@ -138,6 +138,23 @@ def test_stiff_spring_does_not_diverge(gamma):
     np.testing.assert_allclose(x + updates, fixed, atol=1e-5)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.03])
+@pytest.mark.parametrize("step_size", [0.0, 0.1])
+def test_scoping_never_overflows(gamma, step_size):
+    """After a million updates gamma_t is at the end of float32, and all is finite."""
+    x = jnp.asarray(X, jnp.float32)
+    tx = optax_flat.local_entropy(
+        optax.sgd(1.0), num_steps=5, step_size=step_size, gamma=gamma, noise=0.0,
+        diagnostics=True, skip_nonfinite=True, key=0,
+    )  # fmt: skip
+    state = optax.tree.set(tx.init(x), count=jnp.array(10**6, jnp.int32))
+    grad_fn = jax.grad(quadratic)
+    updates, state = tx.update(grad_fn(x), state, x, grad_fn=grad_fn)
+    assert jnp.isfinite(updates).all() and int(state.skipped) == 0
+    assert jnp.isfinite(optax.tree.get(state, "diagnostics").gamma)
+    assert (jnp.abs(updates).max() > 0) == (step_size > 0)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_diagnostics(mode, x64):
     """The five numbers, recomputed from the walk's definition in NumPy."""

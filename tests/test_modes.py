@@ -103,6 +103,14 @@ def test_unroll_changes_nothing_but_the_program():
     assert_close(runs[1], runs[0])
     assert_close(runs[2], runs[0])
 
+    def loops(unroll):
+        tx = optax_flat.entropy_sgd(0.5, num_steps=5, noise=0.0, unroll=unroll, key=0)
+        params = ragged_params()
+        step = jax.jit(lambda *args: update(tx, "scanned", *args))
+        return step.lower(params, tx.init(params), data[0]).as_text().count("while")
+
+    assert loops(True) < loops(1)
+
 
 def test_default_batches_are_indices():
     """grad_fn(params, i), i = 0 ... L - 2, as in optax.contrib.sam."""
@@ -249,17 +257,80 @@ def test_frozen_integers_are_fine():
     assert (np.asarray(updates["layer"]["w"]) != 0).any()
 
 
+class Ascent(NamedTuple):
+    point: optax.Params
+    anchor: optax.Params
+    grads: optax.Updates
+    taken: int
+
+
+def forgetful_walk():
+    """Sharpness-aware in shape: the second point does not depend on the first gradient
+    when that is zero, and the update only on the second gradient."""
+
+    def start(memory, params):
+        return Ascent(params, params, optax.tree.zeros_like(params), 0)
+
+    def step(memory, inner, grads):
+        # A guarded division forgets a NaN: the next point is the anchor then.
+        norm = optax.tree.norm(grads)
+        scale = jnp.where(norm > 0, 0.1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+        safe = jax.tree.map(lambda g: jnp.where(jnp.isnan(g), 0.0, g), grads)
+        point = optax.tree.add_scale(inner.anchor, scale, safe)
+        first = inner.taken == 0
+        # What the walk keeps of a NaN is in `grads`, until the next one replaces it.
+        point = jax.tree.map(lambda a, b: jnp.where(first, a, b), point, inner.point)
+        return Ascent(point, inner.anchor, grads, inner.taken + 1)
+
+    def finish(memory, inner, params):
+        return optax.tree.scale(-0.1, inner.grads), memory
+
+    return Walk(2, lambda params: (), start, step, finish)
+
+
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(
+    ("mode", "adapter"), [("scanned", scanned), ("transparent", transparent)]
+)
+def test_a_walk_cannot_forget_that_it_was_nonfinite(mode, adapter, position):
+    data = batches(2, 2)
+    poisoned = data.at[1, position].set(jnp.nan)
+    tx = adapter(forgetful_walk(), skip_nonfinite=True)
+    run = train(tx, mode, ragged_params(), poisoned)
+    assert int(run.state.skipped) == 1
+    assert_close(run.params, run.path[0])
+    assert_close(run.params, train(tx, mode, ragged_params(), data[:1]).params)
+
+
 def test_unused_branch_does_not_leak():
-    """Transparent mode: a NaN on the last inner point never meets the outer moments
-    of an update that was skipped."""
-    tx = optax_flat.entropy_adam(
-        0.1, num_steps=3, noise=0.0, mode="transparent", skip_nonfinite=True, key=0
-    )
+    """Transparent mode without a guard: a NaN in the middle of a walk is not in the
+    outer moments before the walk ends, although both branches see it."""
+    tx = optax_flat.entropy_adam(0.1, num_steps=3, noise=0.0, mode="transparent", key=0)
     data = batches(2, 3)
     run = train(tx, "transparent", ragged_params(), data[:1])
-    poisoned = data[1].at[1].set(jnp.nan)
-    params, state = update(tx, "transparent", run.params, run.state, poisoned)
-    moments = optax.tree.get(state, "mu"), optax.tree.get(state, "nu")
-    before = optax.tree.get(run.state, "mu"), optax.tree.get(run.state, "nu")
-    jax.tree.map(np.testing.assert_array_equal, moments, before)
-    assert_close(params, run.params)
+    poisoned = data[1, :2].at[1].set(jnp.nan)
+    _, state = update(tx, "transparent", run.params, run.state, poisoned)
+    assert not all(jnp.isfinite(x).all() for x in jax.tree.leaves(state.inner.point))
+    for name in ("mu", "nu"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            optax.tree.get(state, name),
+            optax.tree.get(run.state, name),
+        )
+
+
+def test_masked_forwards_to_multi_steps():
+    tx = optax_flat.entropy_sgd(0.5, num_steps=3, key=0)
+    wrapped = optax_flat.masked(optax.MultiSteps(tx, 1), True)
+    data = batches(2, 3)
+    runs = [train(t, "scanned", ragged_params(), data).params for t in (tx, wrapped)]
+    assert_close(*runs)
+
+
+def test_one_gradient_takes_no_batches():
+    """A stack of minibatches is not silently dropped when one gradient is enough."""
+    tx = optax_flat.entropy_sgd(0.5, num_steps=1, key=0)
+    params = ragged_params()
+    stack = batches(1, 4)[0]
+    with pytest.raises(ValueError, match="leading axis 0, got shape"):
+        tx.update(params, tx.init(params), params, batches=stack[1:])

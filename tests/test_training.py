@@ -71,9 +71,11 @@ def test_aux_moves_once_per_update_and_keys_never_repeat(mode):
 
     def loss_fn(params, batch, aux):
         key, used = jax.random.split(aux["key"])
-        # A second stream counts, as flax.nnx does: its key stays and a count moves.
-        stream = jax.random.fold_in(aux["stream"], aux["count"])
-        for k in (used, stream):
+        # Two more streams count, as flax.nnx does: their keys stay and a count moves.
+        stream, other = jax.vmap(jax.random.fold_in, (0, None))(
+            aux["stream"], aux["count"]
+        )
+        for k in (used, stream, other):
             data = jax.random.key_data(k)
             jax.debug.callback(lambda d: seen.append(tuple(map(int, d))), data)
         moved = {"key": key, "stream": aux["stream"], "count": aux["count"] + 1}
@@ -84,7 +86,7 @@ def test_aux_moves_once_per_update_and_keys_never_repeat(mode):
     params, state = ragged_params(), tx.init(ragged_params())
     aux = {
         "key": jax.random.key(1),
-        "stream": jax.random.key(2),
+        "stream": jax.random.split(jax.random.key(2)),
         "count": jnp.array(0, jnp.uint32),
     }
     for t, stack in enumerate(batches(3, 4)):
@@ -92,14 +94,31 @@ def test_aux_moves_once_per_update_and_keys_never_repeat(mode):
             params, state, _, aux = step(params, state, batch, aux)
         assert int(aux["count"]) == t + 1
     jax.effects_barrier()
-    assert len(seen) == 2 * 3 * 4
+    assert len(seen) == 3 * 3 * 4
     assert len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_lost_pass_does_not_spoil_the_statistics(mode):
+    def loss_fn(params, batch, aux):
+        return loss(params, batch), {"mean": 0.9 * aux["mean"] + 0.1 * batch.mean()}
+
+    tx = make(mode, has_aux=True, skip_nonfinite=True)
+    step = make_train_step(loss_fn, tx, has_aux=True)
+    params, state, aux = ragged_params(), tx.init(ragged_params()), {"mean": 0.5}
+    stack = batches(1, 4)[0].at[0].set(jnp.nan)
+    for batch in feed(stack, mode):
+        params, state, _, aux = step(params, state, batch, aux)
+    assert float(aux["mean"]) == 0.5
+    assert_close(params, ragged_params())
 
 
 def test_modes_are_read_off_the_state():
     wrong = make_train_step(loss, make("transparent"), mode="scanned")
     tx = make("transparent")
-    with pytest.raises(ValueError, match="`mode` is 'scanned', but .* transparent"):
+    with pytest.raises(
+        ValueError, match="`mode` is 'scanned', but .* one gradient per update"
+    ):
         wrong(ragged_params(), tx.init(ragged_params()), batches(1, 4)[0])
     with pytest.raises(ValueError, match="`mode` must be one of 'scanned'"):
         make_train_step(loss, tx, mode="opaque")
@@ -154,6 +173,17 @@ def test_train_state_separates_fields_from_extra_arguments():
     np.testing.assert_array_equal(after.params["w"], 2.0)
 
 
+def test_train_state_forwards_to_multi_steps():
+    tx = optax.MultiSteps(make("scanned"), 1)
+    stack = batches(1, 4)[0]
+    state = TrainState.create(apply_fn=None, params=ragged_params(), tx=tx)
+    grad_fn = jax.grad(loss)
+    grads = grad_fn(state.params, stack[0])
+    state = state.apply_gradients(grads=grads, grad_fn=grad_fn, batches=stack[1:])
+    expected = train(make("scanned"), "scanned", ragged_params(), [stack])
+    assert_close(state.params, expected.params)
+
+
 def test_train_state_takes_plain_optimizers_and_evaluates():
     params = {"w": jnp.ones(2)}
     state = TrainState.create(apply_fn=None, params=params, tx=optax.sgd(0.1))
@@ -187,10 +217,13 @@ def test_history_survives_the_disk(tmp_path):
     with History(2, path=path) as history:
         history.record(1.0)
         history.record(0.1 + 0.2, 7.0)
-    again = History.load(path, path=path)
+    again = History.load(path)
     assert again.loss == history.loss
     assert math.isnan(again.val_loss[0]) and again.val_loss[1] == 7.0
     again.record(5.0)
+    History(path=path).close()  # an empty log replaces nothing
+    third = History.load(path, path=None)
+    third.record(6.0)
     third = History.load(path)
     assert third.loss == [1.0, 0.1 + 0.2, 5.0]
     assert third.num_steps == 2
@@ -208,15 +241,23 @@ def test_history_stops_at_a_lost_run_and_keeps_the_file(tmp_path, value):
     np.testing.assert_array_equal(History.load(path).loss, [1.0, value])
 
 
+def test_history_goes_on_if_told_so():
+    history = History(stop=False)
+    history.record(math.nan)
+    history.record(1.0)
+    assert history.loss[1] == 1.0
+
+
 def test_history_errors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="`num_steps` must be an int >= 1, got 0"):
         History(0)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         History(mode="both")
     path = tmp_path / "other.json"
-    path.write_text("[1, 2]")
-    with pytest.raises(ValueError, match="not a History file: expected"):
-        History.load(path)
+    for content in ("[1, 2]", '{"num_steps": 1, "loss": [], "val_loss": []}'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match="not a History file: expected"):
+            History.load(path)
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r"optax_flat\[progress\]"):
         History(progress=True)

@@ -40,11 +40,13 @@ def number(
     high: float = math.inf,
     *,
     open_low: bool = False,
+    open_high: bool = False,
 ) -> Any:
     """A float or a schedule; a concrete float must lie in [low, high]."""
     if callable(value):
         return value
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}]".replace("inf]", "inf)")
+    right = ")" if open_high or high == math.inf else "]"
+    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{right}"
     is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
     if isinstance(value, bool) or not is_number:
         raise TypeError(
@@ -59,8 +61,8 @@ def number(
         raise TypeError(
             f"`{name}` must be a scalar in {interval} or a schedule, got {value!r}."
         ) from error
-    inside = low <= concrete <= high and not (open_low and concrete == low)
-    if not inside:
+    excluded = (open_low and concrete == low) or (open_high and concrete == high)
+    if excluded or not low <= concrete <= high:
         raise ValueError(
             f"`{name}` must lie in {interval}, got {concrete:g}. Give a value inside, "
             "or a schedule that stays inside."
@@ -91,6 +93,16 @@ def key(value: Any) -> jax.Array:
         f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Members of a "
         "population need one key each: vmap over the factory and `init` together."
     )
+
+
+def float_dtype(name: str, value: Any) -> Any:
+    """A floating-point dtype, or None."""
+    if value is not None and not jnp.issubdtype(jnp.dtype(value), jnp.floating):
+        raise TypeError(
+            f"`{name}` must be a floating-point dtype such as jnp.float32, or None for "
+            f"at least float32, got {value!r}."
+        )
+    return value
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformation:

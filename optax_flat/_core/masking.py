@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import trees
+from optax_flat._core.modes import with_extra_args
 
 
 def masked(
@@ -21,7 +22,8 @@ def masked(
     `grad_fn` (or `value_fn`) sees the params, and only the selected gradients return.
 
     Unlike `optax.masked`, which passes the gradients of the other leaves through as
-    updates, this one returns zeros for them: they stay where they are.
+    updates, this one returns zeros for them: they stay where they are. To train them
+    with another optimizer, use `optax.partition` and transparent mode.
 
     Args:
       inner: the transformation for the selected leaves.
@@ -43,7 +45,7 @@ def masked(
       >>> float(updates["frozen"]), bool(updates["trained"] < 0)
       (0.0, True)
     """
-    inner = optax.with_extra_args_support(inner)
+    inner = with_extra_args(inner)
 
     def select(tree, like):
         flags = mask(like) if callable(mask) else mask

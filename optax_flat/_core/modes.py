@@ -55,6 +55,7 @@ class TransparentState(NamedTuple):
     first_point: optax.Params  # where the walk started, in the params' dtype
     inner: Any  # the walk's state
     inner_transform_state: optax.OptState
+    finite: jax.Array  # bool, [], nothing became non-finite (always with no guard)
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The anchor, whatever point of the walk the params stand on."""
@@ -73,30 +74,33 @@ class _Walker(NamedTuple):
     skip_nonfinite: bool
 
     def begin(self, memory, params):
-        inner = self.walk.start(memory, params)
-        return inner, self.inner_transform.init(inner.point)
+        inner = trees.arrays(self.walk.start(memory, params))
+        transform_state = trees.arrays(self.inner_transform.init(inner.point))
+        return inner, transform_state, jnp.array(True)
 
-    def consume(self, memory, inner, transform_state, grads):
+    def consume(self, memory, progress, grads):
+        """One gradient; `progress` is what `begin` returns."""
+        inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
         grads = trees.cast_like(grads, inner.point)
         grads, new_transform_state = self.inner_transform.update(
             grads, transform_state, inner.point
         )
-        new_inner = self.walk.step(memory, inner, grads)
         # Loops and conditionals need the same types before and after.
-        return (
-            trees.cast_like(new_inner, inner),
-            trees.cast_like(new_transform_state, transform_state),
-        )
+        new_inner = trees.cast_like(self.walk.step(memory, inner, grads), inner)
+        new_transform_state = trees.cast_like(new_transform_state, transform_state)
+        if self.skip_nonfinite:
+            finite &= trees.all_finite(new_inner)
+        return new_inner, new_transform_state, finite
 
-    def finish(self, memory, inner, first_point):
+    def finish(self, memory, inner, finite, first_point):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
         updates, new_memory = self.walk.finish(memory, inner, first_point)
         updates = trees.cast_like(updates, first_point)
         new_memory = trees.cast_like(new_memory, memory)
         if not self.skip_nonfinite:
             return updates, new_memory, jnp.zeros([], jnp.int32)
-        finite = trees.all_finite((inner, updates, new_memory))
+        finite &= trees.all_finite(updates) & trees.all_finite(new_memory, memory)
         updates = trees.where(finite, updates, optax.tree.zeros_like(updates))
         new_memory = trees.where(finite, new_memory, memory)
         return updates, new_memory, jnp.where(finite, 0, 1).astype(jnp.int32)
@@ -131,9 +135,9 @@ def scanned(
       walk: the method.
       inner_transform: a transformation applied to *every* gradient of the walk, the
         first included: clipping, weight decay, inner momentum, `pmean`. It sees the
-        point as params, in the walk's accumulator dtype, and its state starts afresh
-        at every outer update. (A transformation chained in front reaches only the
-        gradient given to `update`.)
+        point as params, in the walk's accumulator dtype. Its state starts afresh at
+        every outer update, and so do its schedules and its noise. (A transformation
+        chained in front reaches only the gradient given to `update`.)
       unroll: as in `jax.lax.scan`.
       has_aux: whether `grad_fn` is `(point, batch, aux) -> (grads, aux)`. `aux` (batch
         statistics, dropout keys) is given to `update`, threaded through the scan and
@@ -158,8 +162,8 @@ def scanned(
     def init(params):
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
-        memory = walk.init(trees.concrete(params))
-        return ScannedState(zero, jnp.copy(zero), trees.copy(memory))
+        memory = trees.arrays(walk.init(trees.concrete(params)))
+        return trees.copy(ScannedState(zero, zero, memory))
 
     def update(
         updates,
@@ -176,31 +180,28 @@ def scanned(
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         memory = state.memory
-        inner, transform_state = walker.begin(memory, params)
-        inner, transform_state = walker.consume(memory, inner, transform_state, updates)
+        progress = walker.consume(memory, walker.begin(memory, params), updates)
+        if batches is not None:
+            checks.leading_axis(batches, walk.length - 1)
         if walk.length > 1:
             gradient = _gradient_function(grad_fn, value_fn, has_aux, walk.length)
-            if batches is None:
-                batches = jnp.arange(walk.length - 1)
-            checks.leading_axis(batches, walk.length - 1)
 
             def body(carry, batch):
-                inner, transform_state, aux = carry
-                point = trees.cast_like(inner.point, params)
+                progress, aux = carry
+                point = trees.cast_like(progress[0].point, params)
                 grads, aux = gradient(point, batch, aux)
-                checks.same_structure(
-                    "The gradient that `grad_fn` returns", grads, params
-                )
-                inner, transform_state = walker.consume(
-                    memory, inner, transform_state, grads
-                )
-                return (inner, transform_state, aux), None
+                checks.same_structure("The gradient `grad_fn` returns", grads, params)
+                return (walker.consume(memory, progress, grads), aux), None
 
-            carry = (inner, transform_state, aux)
-            (inner, *_), _ = jax.lax.scan(
-                body, carry, batches, length=walk.length - 1, unroll=unroll
+            (progress, _), _ = jax.lax.scan(
+                body,
+                (progress, aux),
+                jnp.arange(walk.length - 1) if batches is None else batches,
+                length=walk.length - 1,
+                unroll=unroll,
             )
-        updates, memory, skipped = walker.finish(memory, inner, params)
+        inner, _, finite = progress
+        updates, memory, skipped = walker.finish(memory, inner, finite, params)
         return updates, ScannedState(
             _saturating_add(state.gradient_evaluations, walk.length),
             _saturating_add(state.skipped, skipped),
@@ -266,13 +267,13 @@ def transparent(
     def init(params):
         checks.float_params(params)
         params = trees.concrete(params)
-        memory = walk.init(params)
-        inner, transform_state = walker.begin(memory, params)
+        memory = trees.arrays(walk.init(params))
         zero = jnp.zeros([], jnp.int32)
-        # A walk starts with several names for the params; donation needs a buffer each.
-        return trees.copy(
-            TransparentState(zero, zero, memory, zero, params, inner, transform_state)
+        state = TransparentState(
+            zero, zero, memory, zero, params, *walker.begin(memory, params)
         )
+        # A walk starts with several names for the params; donation needs a buffer each.
+        return trees.copy(state)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
@@ -280,26 +281,25 @@ def transparent(
         checks.same_structure("The gradient given to `update`", updates, params)
         memory = state.memory
         fresh = (params, *walker.begin(memory, params))
-        kept = (state.first_point, state.inner, state.inner_transform_state)
-        first_point, inner, transform_state = trees.where(
+        kept = state[-4:]
+        first_point, *progress = trees.where(
             state.step == 0, trees.cast_like(fresh, kept), kept
         )
-        inner, transform_state = walker.consume(memory, inner, transform_state, updates)
+        progress = walker.consume(memory, progress, updates)
+        inner, _, finite = progress
 
-        def move(memory, inner, first_point, params):
-            target = inner.point
-            if skip_nonfinite:
-                target = trees.where(trees.all_finite(inner), target, params)
+        def move(memory, inner, finite, first_point, params):
+            target = trees.where(finite, inner.point, params)
             return _difference(target, params), memory, jnp.zeros([], jnp.int32)
 
-        def outer_update(memory, inner, first_point, params):
-            updates, memory, skipped = walker.finish(memory, inner, first_point)
+        def outer_update(memory, inner, finite, first_point, params):
+            updates, memory, skipped = walker.finish(memory, inner, finite, first_point)
             target = optax.apply_updates(first_point, updates)
             return _difference(target, params), memory, skipped
 
         last = state.step == walk.length - 1
         updates, memory, skipped = jax.lax.cond(
-            last, outer_update, move, memory, inner, first_point, params
+            last, outer_update, move, memory, inner, finite, first_point, params
         )
         return updates, TransparentState(
             _saturating_add(state.gradient_evaluations, 1),
@@ -307,8 +307,7 @@ def transparent(
             memory,
             jnp.where(last, 0, state.step + 1).astype(jnp.int32),
             first_point,
-            inner,
-            transform_state,
+            *progress,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -346,6 +345,13 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     for state in states(opt_state, Evaluable):
         params = state.eval_params(params)
     return params
+
+
+def with_extra_args(tx: Any) -> Any:
+    """`optax.with_extra_args_support`, which would cut them off from `MultiSteps`."""
+    if isinstance(tx, optax.MultiSteps):
+        return tx
+    return optax.with_extra_args_support(tx)
 
 
 def states(opt_state: optax.OptState, kind: Any) -> list[Any]:

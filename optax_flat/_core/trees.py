@@ -43,6 +43,13 @@ def concrete(tree: Any) -> Any:
     return jax.tree.map(make, tree)
 
 
+def arrays(tree: Any) -> Any:
+    """Python numbers as arrays, so that every leaf has a dtype of its own."""
+    return jax.tree.map(
+        lambda x: x if hasattr(x, "dtype") else jnp.asarray(x, jnp.result_type(x)), tree
+    )
+
+
 def copy(tree: Any) -> Any:
     """Every leaf in a buffer of its own, so that state and params can be donated."""
     return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
@@ -53,10 +60,26 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
-def all_finite(tree: Any) -> jax.Array:
-    """True if no floating-point leaf holds NaN or infinity."""
-    floats = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    return jnp.all(jnp.array([jnp.all(jnp.isfinite(x)) for x in floats]))
+def all_finite(tree: Any, before: Any = None) -> jax.Array:
+    """True if no floating-point leaf holds NaN or infinity that was not there before.
+
+    Args:
+      tree: any tree.
+      before: a tree of the same structure whose non-finite entries are excused.
+
+    Returns:
+      A bool, [].
+    """
+
+    def finite(leaf):
+        return True if is_key(leaf) else jnp.isfinite(leaf)  # integers always are
+
+    def is_fine(leaf, was=None):
+        excused = False if was is None else jnp.logical_not(finite(was))
+        return jnp.all(jnp.logical_or(finite(leaf), excused))
+
+    trees = (tree,) if before is None else (tree, before)
+    return jnp.all(jnp.array(jax.tree.leaves(jax.tree.map(is_fine, *trees)), bool))
 
 
 def vdot(a: Any, b: Any) -> jax.Array:

@@ -243,7 +243,9 @@ def local_entropy(
       has_aux: scanned mode only: `grad_fn` is ``(params, batch, aux) -> (grads, aux)``.
       skip_nonfinite: an outer update in which anything became non-finite changes
         nothing and is counted in the state's `skipped`.
-      accumulator_dtype: dtype of anchor, walk and mean; None is at least float32.
+      accumulator_dtype: dtype of anchor, walk and mean; None is at least float32. The
+        params keep their own: in bfloat16 an outer update below their spacing rounds
+        away, as with any Optax optimizer.
       diagnostics: whether the state reports what the authors' code prints in verbose
         mode, see the example.
       key: a typed or raw PRNG key, or an int.
@@ -252,9 +254,8 @@ def local_entropy(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: an argument outside the range given above, or no key.
-      TypeError: `num_steps` that is not an int, an `outer` or `inner_transform` that is
-        not a transformation.
+      ValueError: an argument outside the range given above, or a `key` that is none.
+      TypeError: an argument of the wrong type, or no `key`.
 
     Example:
       On a quadratic the walk's mean tends to the mean of the Gibbs distribution,
@@ -296,7 +297,7 @@ def local_entropy(
         _Hyperparams(step_size, gamma, scoping, noise, averaging),
         num_steps=num_steps,
         noise_kind=noise_kind,
-        accumulator_dtype=accumulator_dtype,
+        accumulator_dtype=checks.float_dtype("accumulator_dtype", accumulator_dtype),
         diagnostics=diagnostics,
         key=checks.key(key),
     )
@@ -366,8 +367,8 @@ def entropy_sgd(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: an argument outside its range, or no key.
-      TypeError: an argument of the wrong type.
+      ValueError: an argument outside its range, or a `key` that is none.
+      TypeError: an argument of the wrong type, or no `key`.
 
     Example:
       Without noise and spring, and with the last iterate as mean, this is Lookahead
@@ -506,8 +507,8 @@ def entropy_adam(
 
     Args:
       learning_rate: step of the outer update, >= 0.
-      b1: decay of the first moment, in [0, 1].
-      b2: decay of the second moment, in [0, 1].
+      b1: decay of the first moment, in [0, 1).
+      b2: decay of the second moment, in [0, 1).
       eps: added to the root of the second moment, >= 0.
       amsgrad: whether the largest second moment so far is used (`optax.amsgrad`).
       num_steps: see `local_entropy`, as all that follow.
@@ -530,8 +531,8 @@ def entropy_adam(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: an argument outside its range, or no key.
-      TypeError: an argument of the wrong type.
+      ValueError: an argument outside its range, or a `key` that is none.
+      TypeError: an argument of the wrong type, or no `key`.
 
     Example:
       The first update of Adam has the size of the learning rate, whatever the scale:
@@ -559,8 +560,8 @@ def entropy_adam(
       As `local_entropy`. The paper gives Entropy-Adam in words only.
     """
     checks.number("learning_rate", learning_rate, 0.0)
-    checks.number("b1", b1, 0.0, 1.0)
-    checks.number("b2", b2, 0.0, 1.0)
+    checks.number("b1", b1, 0.0, 1.0, open_high=True)
+    checks.number("b2", b2, 0.0, 1.0, open_high=True)
     checks.number("eps", eps, 0.0)
     outer = scheduled(
         optax.amsgrad if amsgrad else optax.adam,

@@ -31,6 +31,7 @@ class History:
       total_epochs: length of the progress line, or None for an open end.
       progress: whether to show a progress line (needs the extra `progress`).
       label: name of the run in the progress line.
+      stop: whether a training loss that is NaN or infinite raises FloatingPointError.
 
     Attributes:
       loss, val_loss: one float per recorded epoch; NaN where none was given.
@@ -59,10 +60,12 @@ class History:
         total_epochs: int | None = None,
         progress: bool = False,
         label: str = "",
+        stop: bool = True,
     ):
         self.num_steps = checks.integer("num_steps", num_steps, 1)
         self.mode = checks.choice("mode", mode, modes.MODES)
         self.path = None if path is None else Path(path)
+        self.stop = stop
         self.loss: list[float] = []
         self.val_loss: list[float] = []
         self._bar = _progress_bar(total_epochs, label) if progress else None
@@ -90,8 +93,8 @@ class History:
           val_loss: validation loss at its end, a scalar, or None.
 
         Raises:
-          FloatingPointError: the training loss is NaN or infinite. It is recorded, and
-            the file written, before.
+          FloatingPointError: the training loss is NaN or infinite, and `stop` is on. It
+            is recorded, and the file written, before.
         """
         self.loss.append(float(loss))
         self.val_loss.append(math.nan if val_loss is None else float(val_loss))
@@ -103,14 +106,15 @@ class History:
                 shown["val_loss"] = f"{self.val_loss[-1]:.4g}"
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
-        if not math.isfinite(self.loss[-1]):
+        if self.stop and not math.isfinite(self.loss[-1]):
             kept = (
                 "" if self.path is None else f" The losses so far are in {self.path}."
             )
             raise FloatingPointError(
                 f"the training loss became {self.loss[-1]} in epoch {len(self.loss)}. "
-                "Lower the learning rate or step size, clip the gradients, or skip "
-                f"such updates with skip_nonfinite=True.{kept}"
+                "Lower the learning rate or step size or clip the gradients; or skip "
+                "such updates with skip_nonfinite=True and record them with "
+                f"History(stop=False).{kept}"
             )
 
     def arrays(self) -> dict[str, np.ndarray]:
@@ -153,7 +157,8 @@ class History:
 
         Args:
           path: the JSON file.
-          **kwargs: `path`, `total_epochs`, `progress`, `label` of the new object.
+          **kwargs: arguments of the new object. `path` is by default the file itself;
+            None leaves it alone.
 
         Returns:
           A History with the losses of the file.
@@ -163,11 +168,13 @@ class History:
         """
         source = Path(path)
         content = json.loads(source.read_text())
-        if not isinstance(content, dict) or not {"num_steps", "loss"} <= content.keys():
+        needed = {"num_steps", "mode", "loss", "val_loss"}
+        if not isinstance(content, dict) or not needed <= content.keys():
             raise ValueError(
                 f"{source} is not a History file: expected a JSON object with "
                 f"`num_steps`, `mode`, `loss` and `val_loss`, got {str(content)[:80]}."
             )
+        kwargs = {"path": source, **kwargs}
         history = cls(content["num_steps"], mode=content["mode"], **kwargs)
         history.loss = _from_json(content["loss"])
         history.val_loss = _from_json(content["val_loss"])
@@ -179,7 +186,7 @@ class History:
         """Ends the progress line and writes the file, if there are any."""
         if self._bar is not None:
             self._bar.close()
-        if self.path is not None:
+        if self.path is not None and self.loss:
             self.save(self.path)
 
     def __enter__(self) -> "History":

@@ -40,8 +40,10 @@ def make_train_step(
       tx: the optimizer; in scanned mode it must have been made with the same `has_aux`.
       has_aux: whether the loss threads auxiliary state. In either mode it is the first,
         clean pass of a walk that moves it: batch statistics move once per outer update.
-        The passes inside the walk start from what that one left, with typed PRNG keys
-        forked so that no two passes share one, and what they return is dropped.
+        The passes inside the walk start from what that one left, and what they return
+        is dropped. Typed PRNG keys (not raw ones, which look like any array) are forked
+        for them, so that no two passes share one. An `aux` that became non-finite is
+        dropped as well. Inside `optax.MultiSteps` every mini-step counts as an update.
       mode: "scanned" or "transparent" to insist on one; None reads it off the
         optimizer's state.
       donate: whether the buffers of params and optimizer state are given to the step
@@ -70,10 +72,7 @@ def make_train_step(
     """
     if mode is not None:
         checks.choice("mode", mode, modes.MODES)
-    is_plain = isinstance(tx, optax.GradientTransformation) and not isinstance(
-        tx, optax.GradientTransformationExtraArgs
-    )
-    optimizer = optax.with_extra_args_support(tx) if is_plain else tx  # pyright: ignore[reportArgumentType]
+    optimizer = modes.with_extra_args(tx)
 
     def loss_and_aux(params, batch, aux):
         return loss_fn(params, batch, aux) if has_aux else (loss_fn(params, batch), aux)
@@ -94,7 +93,8 @@ def make_train_step(
             forked = _fork_keys(aux, walks[0].gradient_evaluations)
             given = trees.where(inside, forked, aux)
         (loss, new_aux), grads = value_and_grad(params, batch, given)
-        new_aux = trees.where(inside, aux, new_aux)
+        clean = jnp.logical_not(inside) & trees.all_finite(new_aux, aux)
+        new_aux = trees.where(clean, new_aux, aux)
         extra_args = {
             "value": loss,
             "grad": grads,
@@ -120,9 +120,10 @@ def make_train_step(
 def _check_mode(mode, is_scanned):
     found = "scanned" if is_scanned else "transparent"
     if mode is not None and mode != found:
+        takes = "a walk of gradients" if is_scanned else "one gradient"
         raise ValueError(
-            f"`mode` is {mode!r}, but the optimizer's state is that of a {found} one. "
-            f"Build the optimizer with mode={mode!r}, or leave `mode` out."
+            f"`mode` is {mode!r}, but this optimizer takes {takes} per update. Build "
+            f"it with mode={mode!r}, or leave `mode` out."
         )
 
 
@@ -130,7 +131,9 @@ def _fork_keys(aux, count):
     """Keys for passes inside a walk; `count` differs for all walks and passes."""
 
     def fork(leaf):
-        is_one_key = trees.is_key(leaf) and leaf.ndim == 0
-        return jax.random.fold_in(leaf, count) if is_one_key else leaf
+        if not trees.is_key(leaf):
+            return leaf
+        forked = jax.vmap(jax.random.fold_in, (0, None))(leaf.ravel(), count)
+        return forked.reshape(leaf.shape)
 
     return jax.tree.map(fork, aux)

@@ -4,7 +4,7 @@ from typing import Any, Self
 
 import optax
 
-from optax_flat._core.modes import eval_params
+from optax_flat._core.modes import eval_params, with_extra_args
 
 try:
     from flax.training import train_state
@@ -53,7 +53,7 @@ class TrainState(train_state.TrainState):
             for name in list(kwargs)
             if name in self.__dataclass_fields__
         }
-        tx = optax.with_extra_args_support(self.tx)
+        tx = with_extra_args(self.tx)
 
         def update(updates, state, params=None):
             return tx.update(updates, state, params, **kwargs)
