@@ -239,7 +239,8 @@ def build(
     return Executable(optimizer, call, time.perf_counter() - start)
 
 
-build_once = functools.cache(build)  # executables do not depend on the seed
+# Executables do not depend on the seed. Typed, because `unroll` is 1 or True.
+build_once = functools.lru_cache(maxsize=None, typed=True)(build)
 
 
 def objective_after(executable: Executable, params: Any, batches: Any) -> float:

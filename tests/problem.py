@@ -87,7 +87,7 @@ def train(tx, mode, params, data, state=None, loss=loss) -> Run:
 
 def tolerance(dtype) -> dict[str, float]:
     """Agreement to rounding after a few dozen operations in a dtype."""
-    few = 2 if dtype == jnp.bfloat16 else 50  # accumulators have at least float32
+    few = 8 if dtype == jnp.bfloat16 else 50  # accumulators have at least float32
     eps = few * float(jnp.finfo(dtype).eps)
     return {"rtol": eps, "atol": eps}
 

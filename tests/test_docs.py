@@ -43,3 +43,14 @@ def test_page_runs(page, tmp_path, monkeypatch):
     for line, code in blocks(PAGES[page].read_text()):
         # Empty lines in front make tracebacks show the line of the page.
         exec(compile("\n" * line + code, str(PAGES[page]), "exec"), namespace)
+
+
+def test_tables_are_those_of_the_results():
+    """What the docs quote is what the scripts wrote, line by line."""
+    root = DOCS.parent
+    quoted = (root / "README.md").read_text() + (DOCS / "benchmarks.md").read_text()
+    tables = sorted((root / "results").rglob("table.md"))
+    assert len(tables) >= 3
+    for path in tables:
+        assert path.read_text().strip() in quoted, path
+        assert (path.parent / "rows.json").is_file()
