@@ -113,6 +113,16 @@ def test_a_lost_pass_does_not_spoil_the_statistics(mode):
     assert_close(params, ragged_params())
 
 
+def test_aux_keeps_its_structure():
+    def loss_fn(params, batch, aux):
+        return loss(params, batch), {"mean": batch.mean()}
+
+    tx = optax.sgd(0.1)
+    step = make_train_step(loss_fn, tx, has_aux=True)
+    with pytest.raises(ValueError, match="(?s)`aux` moves along .*Pass a first `aux`"):
+        step(ragged_params(), tx.init(ragged_params()), batches(1, 1)[0, 0])
+
+
 def test_modes_are_read_off_the_state():
     wrong = make_train_step(loss, make("transparent"), mode="scanned")
     tx = make("transparent")

@@ -93,6 +93,7 @@ def make_train_step(
             forked = _fork_keys(aux, walks[0].gradient_evaluations)
             given = trees.where(inside, forked, aux)
         (loss, new_aux), grads = value_and_grad(params, batch, given)
+        _check_aux(new_aux, aux)
         clean = jnp.logical_not(inside) & trees.all_finite(new_aux, aux)
         new_aux = trees.where(clean, new_aux, aux)
         extra_args = {
@@ -124,6 +125,15 @@ def _check_mode(mode, is_scanned):
         raise ValueError(
             f"`mode` is {mode!r}, but this optimizer takes {takes} per update. Build "
             f"it with mode={mode!r}, or leave `mode` out."
+        )
+
+
+def _check_aux(returned, given):
+    if jax.tree.structure(returned) != jax.tree.structure(given):
+        raise ValueError(
+            "`aux` moves along with the params, so `loss_fn` must return it with the "
+            f"structure it was given.\n  got:      {jax.tree.structure(returned)}\n"
+            f"  expected: {jax.tree.structure(given)}\nPass a first `aux` to the step."
         )
 
 
