@@ -270,7 +270,8 @@ def table(results: dict[str, list[Run]]) -> str:
         cells = []
         for shape, read in COLUMNS.values():
             numbers = mean_and_deviation(map(read, runs))
-            cells.append(" ± ".join(shape.format(number) for number in numbers))
+            shown = numbers if len(runs) > 1 else numbers[:1]
+            cells.append(" ± ".join(shape.format(number) for number in shown))
         lines.append([METHODS[name].label, *cells])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     rows = [
@@ -282,6 +283,8 @@ def table(results: dict[str, list[Run]]) -> str:
 
 def verdict(results: dict[str, list[Run]]) -> str:
     """What the table shows, in words, whoever wins."""
+    if min(map(len, results.values())) < 2:
+        return "One seed allows no comparison: use --seeds 2 or more."
     sentences = []
     for name, base in (("entropy_sgd", "sgd"), ("entropy_adam", "adam")):
         if name not in results or base not in results:
@@ -294,7 +297,7 @@ def verdict(results: dict[str, list[Run]]) -> str:
         gain, deviation = mean_and_deviation(gains)
         error = deviation / len(gains) ** 0.5
         # Student's t: few seeds need a wide interval.
-        if len(gains) == 1 or abs(gain) <= t.ppf(0.975, len(gains) - 1) * error:
+        if abs(gain) <= t.ppf(0.975, len(gains) - 1) * error:
             result = "cannot be told from"
         else:
             result = "is better than" if gain > 0 else "is worse than"
@@ -308,8 +311,8 @@ def verdict(results: dict[str, list[Run]]) -> str:
         ]
         ratio = statistics.geometric_mean([max(r, 1e-12) for r in ratios])
         agree = all(r < 1 for r in ratios) or all(r > 1 for r in ratios)
-        sentences.append(
-            f"Its minima are {'flatter' if ratio < 1 else 'sharper'} by the largest "
+        sentences[-1] += (
+            f" Its minima are {'flatter' if ratio < 1 else 'sharper'} by the largest "
             f"eigenvalue, {ratio:.2g} times {theirs}'s"
             + (" with every seed." if agree else ", but not with every seed.")
         )
@@ -321,7 +324,7 @@ def verdict(results: dict[str, list[Run]]) -> str:
         "A smaller eigenvalue goes with a different training loss as well: compare "
         "these columns together, and do not read flatness as accuracy."
     )
-    return " ".join(sentences)
+    return "\n".join(sentences)
 
 
 def picture(results: dict[str, list[Run]], per_pass: int, path: Path) -> None:
@@ -333,7 +336,7 @@ def picture(results: dict[str, list[Run]], per_pass: int, path: Path) -> None:
         spent = per_pass * np.arange(1, curves.shape[1] + 1)
         mean = curves.mean(0)
         deviation = curves.std(0, ddof=1) if len(runs) > 1 else 0 * mean
-        left.plot(spent, mean, color=method.colour, label=method.label)
+        left.plot(spent, mean, ".-", color=method.colour, label=method.label)
         left.fill_between(
             spent, mean - deviation, mean + deviation, color=method.colour, alpha=0.2,
             linewidth=0,
@@ -342,6 +345,7 @@ def picture(results: dict[str, list[Run]], per_pass: int, path: Path) -> None:
             [run.top_eigenvalue for run in runs],
             [run.accuracy[-1] for run in runs],
             color=method.colour,
+            alpha=0.7,
         )
     final = [run.accuracy[-1] for runs in results.values() for run in runs]
     left.set_ylim(min(final) - 8, 100)
@@ -365,24 +369,25 @@ def main(argv: list[str] | None = None) -> dict[str, list[Run]]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--data", type=Path, metavar="FILE", help=".npz file with MNIST-shaped data")
-    add("--seeds", type=int, default=5, metavar="N", help="(5)")
+    add("--seeds", type=int, metavar="N", help="(5)")
     add("--passes", type=int, metavar="N", help="over the data (60; 5 with --data)")
     add("--width", type=int, metavar="N", help="of hidden layers (64; 256 with --data)")
     add("--scale-rates", type=float, default=1.0, metavar="X",
         help="multiplies all learning rates (1)")  # fmt: skip
-    add("--out", type=Path, default=Path("out/compare_digits"), metavar="DIR",
-        help="(out/compare_digits)")  # fmt: skip
-    add("--smoke", action="store_true", help="2 seeds and 6 passes")
+    add("--out", type=Path, metavar="DIR", help="(out/compare_ and the data's name)")
+    add("--smoke", action="store_true", help="by default 2 seeds and 6 passes")
     options = parser.parse_args(argv)
-    if options.smoke:
-        options.seeds, options.passes = 2, 6
-    options.passes = options.passes or (60 if options.data is None else 5)
+    passes = 60 if options.data is None else 5
+    options.seeds = options.seeds or (2 if options.smoke else 5)
+    options.passes = options.passes or (6 if options.smoke else passes)
     options.width = options.width or (64 if options.data is None else 256)
+    name = "digits" if options.data is None else options.data.stem
+    options.out = options.out or Path("out") / f"compare_{name}"
 
     data = load(options.data)
     per_pass = len(data.train_y) // (WALK * BATCH) * WALK
     print(
-        f"{len(data.train_y)} training and {len(data.test_y)} test images, "
+        f"{name}: {len(data.train_y)} training and {len(data.test_y)} test images, "
         f"{options.passes * per_pass} gradients for each of {options.seeds} seeds."
     )
     task, results = Task(data, options.width), {}

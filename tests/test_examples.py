@@ -88,7 +88,7 @@ def test_compare_digits_stops_at_a_lost_run(tmp_path):
     assert log["loss"][-1] in ("nan", "inf")
 
 
-def test_compare_digits_reads_other_data(tmp_path):
+def test_compare_digits_reads_other_data(tmp_path, capsys):
     random = np.random.default_rng(0)
     labels = {"train": random.integers(10, size=1400), "test": np.arange(50) % 10}
     images = {  # digits that are easily told apart: bright at their number
@@ -100,6 +100,9 @@ def test_compare_digits_reads_other_data(tmp_path):
     np.savez(tmp_path / "data.npz", **arrays)
     options = ["--data", str(tmp_path / "data.npz"), "--smoke", "--seeds", "1"]
     results = load("compare_digits").main([*options, "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert "One seed allows no comparison" in shown
+    assert "±" not in shown
     assert all(runs[0].accuracy[-1] > 99 for runs in results.values())
     del arrays["test_labels"]
     np.savez(tmp_path / "data.npz", **arrays)

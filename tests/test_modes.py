@@ -178,12 +178,46 @@ def wrong(**changes: Any):
     return lambda: tx.update(**arguments | changes)
 
 
+def optax_masked():
+    """optax.masked around scanned mode, which cannot work."""
+    tx = optax.masked(
+        optax_flat.entropy_sgd(0.5, num_steps=4, key=0), {"layer": True, "scale": False}
+    )
+    params, stack = ragged_params(), batches(1, 4)[0]
+    grad_fn = jax.grad(loss)
+    return tx.update(
+        grad_fn(params, stack[0]), tx.init(params), params,
+        grad_fn=grad_fn, batches=stack[1:],
+    )  # fmt: skip
+
+
+def aux_in_the_optimizer_only():
+    tx = optax_flat.entropy_sgd(0.5, num_steps=4, has_aux=True, key=0)
+    params, stack = ragged_params(), batches(1, 4)[0]
+    return tx.update(
+        params, tx.init(params), params,
+        grad_fn=lambda p, batch, aux: p, batches=stack[1:],
+    )  # fmt: skip
+
+
+def swapped_eval_params():
+    tx = optax_flat.entropy_sgd(0.5, key=0)
+    return optax_flat.eval_params(ragged_params(), tx.init(ragged_params()))
+
+
 INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
 
 
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
+        (optax_masked, ValueError, "placeholders .* use optax_flat.masked"),
+        (aux_in_the_optimizer_only, ValueError, "must return .grads, aux. for an"),
+        (
+            swapped_eval_params,
+            ValueError,
+            "eval_params.opt_state, params.*swap the two",
+        ),
         (wrong(params=None), ValueError, "`params` must be passed .* third argument"),
         (wrong(grad_fn=None), ValueError, "`grad_fn` must be passed .* 4 gradients"),
         (
@@ -209,7 +243,7 @@ INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
         (
             wrong(batches=batches(1, 4)[0]),
             ValueError,
-            r"leading axis 3, got shape \(4, 5, 3\) .* pass `x\[1:\]`",
+            r"leading axis 3, got shape \(4, 5, 3\) .* give `update` only `x\[1:\]`",
         ),
         (wrong(batches=jnp.array(1.0)), ValueError, r"leading axis 3, got shape \(\)"),
         (

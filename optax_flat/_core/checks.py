@@ -165,6 +165,7 @@ def leading_axis(batches: Any, length: int) -> None:
                 f"`batches` must stack {length} minibatches, one for each gradient of "
                 "the walk but the first (which is the gradient given to `update`): "
                 f"leading axis {length}, got shape {shape} at "
-                f"batches{jax.tree_util.keystr(path)}. With all {length + 1} "
-                "minibatches in one stack, pass `x[1:]` of every array `x`."
+                f"batches{jax.tree_util.keystr(path)}. From a stack of all "
+                f"{length + 1} give `update` only `x[1:]` of every array `x`; "
+                f"make_train_step does so itself and takes all {length + 1}."
             )

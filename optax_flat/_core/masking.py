@@ -80,6 +80,8 @@ def masked(
             functions["grad_fn"] = selected_grad_fn
         if value_fn is not None:
             functions["value_fn"] = lambda point: value_fn(whole(point))
+        for function in functions.values():
+            function.merges_frozen = True  # scanned methods refuse placeholders else
         selected, inner_state = inner.update(
             select(updates, params),
             state.inner_state,

@@ -6,6 +6,7 @@ wants the next one, so that any training loop works unchanged. Both call the sam
 `Walk`, which is why they agree to rounding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -185,6 +186,7 @@ def scanned(
             checks.leading_axis(batches, walk.length - 1)
         if walk.length > 1:
             gradient = _gradient_function(grad_fn, value_fn, has_aux, walk.length)
+            _check_placeholders(params, grad_fn or value_fn)
 
             def body(carry, batch):
                 progress, aux = carry
@@ -329,6 +331,9 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     Returns:
       Params of the same structure and dtype.
 
+    Raises:
+      ValueError: the two arguments were swapped.
+
     Example:
       >>> import jax.numpy as jnp, optax, optax_flat
       >>> tx = optax.chain(
@@ -342,6 +347,11 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
       >>> bool(jnp.all(optax_flat.eval_params(state, params) == start))
       True
     """
+    if states(params, Evaluable):
+        raise ValueError(
+            "`eval_params` takes the optimizer's state first: eval_params(opt_state, "
+            "params). The second argument holds an optimizer state: swap the two."
+        )
     for state in states(opt_state, Evaluable):
         params = state.eval_params(params)
     return params
@@ -397,7 +407,7 @@ def _gradient_function(
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`(point, batch, aux) -> (grads, aux)` from what the caller passed."""
     if grad_fn is not None and has_aux:
-        return grad_fn
+        return functools.partial(_with_aux, grad_fn)
     if grad_fn is not None:
         return lambda point, batch, aux: (grad_fn(point, batch), aux)
     if value_fn is not None:
@@ -407,8 +417,30 @@ def _gradient_function(
         f"{length} gradients per update and was given one. Call tx.update(grads, "
         "opt_state, params, grad_fn=lambda params, batch: jax.grad(loss)(params, "
         "batch), batches=...), use optax_flat.training.make_train_step, or build the "
-        'optimizer with mode="transparent".'
+        'optimizer with mode="transparent". (Flax\'s TrainState drops the argument: '
+        "use optax_flat.training.TrainState.)"
     )
+
+
+def _with_aux(grad_fn, point, batch, aux):
+    out = grad_fn(point, batch, aux)
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise ValueError(
+            "`grad_fn` must return (grads, aux) for an optimizer made with "
+            f"has_aux=True, got {jax.tree.structure(out)}. Return both, or build the "
+            "optimizer (and make_train_step) without has_aux."
+        )
+    return out
+
+
+def _check_placeholders(params, function):
+    """`optax.masked` hides leaves that the user's function needs; ours merges them."""
+    if states(params, optax.MaskedNode) and not hasattr(function, "merges_frozen"):
+        raise ValueError(
+            "the params hold optax.MaskedNode placeholders that `grad_fn` cannot use: "
+            'optax.masked and optax.partition work with mode="transparent" only. In '
+            "scanned mode use optax_flat.masked."
+        )
 
 
 def _anchor(memory, first_point):

@@ -237,8 +237,9 @@ def local_entropy(
       inner_transform: an Optax transformation of every inner gradient, before spring
         and noise are added: clipping, weight decay, momentum. Its state starts afresh
         at every outer update.
-      mode: "scanned" (one call of `update` is one outer update) or "transparent" (one
-        call is one gradient).
+      mode: "scanned" (one call of `update` is one outer update; it needs `grad_fn`) or
+        "transparent" (one call is one gradient; its updates must be applied as they
+        are).
       unroll: scanned mode only, as in `jax.lax.scan`; True for convolutions on CPU.
       has_aux: scanned mode only: `grad_fn` is ``(params, batch, aux) -> (grads, aux)``.
       skip_nonfinite: an outer update in which anything became non-finite changes
