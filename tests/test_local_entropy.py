@@ -227,3 +227,29 @@ def test_no_key_default():
     for factory in (optax_flat.entropy_sgd, optax_flat.entropy_adam):
         with pytest.raises(TypeError, match="missing 1 required .* 'key'"):
             factory(0.1)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["normal", "rademacher"])
+def test_every_update_has_noise_of_its_own_and_of_its_kind(mode, kind):
+    tx = optax_flat.local_entropy(
+        optax.sgd(1.0), num_steps=1, step_size=1.0, gamma=0.0, noise=1.0,
+        averaging=1.0, noise_kind=kind, mode=mode, key=0,
+    )  # fmt: skip
+    start = jnp.zeros((100, 100))
+    run = train(tx, mode, start, jnp.zeros((2, 1)), loss=lambda p, _: 0.0 * p.sum())
+    first, second = run.path[0], run.path[1] - run.path[0]
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 / 100
+    assert (set(np.unique(first)) == {-1.0, 1.0}) == (kind == "rademacher")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_accumulator_dtype(mode, x64):
+    tx = optax_flat.entropy_sgd(
+        1.0, momentum=0.9, num_steps=2, mode=mode, accumulator_dtype=jnp.float64, key=0
+    )
+    state = tx.init(ragged_params())
+    moments = jax.tree.leaves(optax.tree.get(state, "trace"))
+    assert {x.dtype for x in moments} == {jnp.dtype("float64")}
+    if mode == "transparent":
+        assert state.inner.point["scale"].dtype == jnp.float64

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from problem import assert_close, batches, loss, ragged_params, train, update
+from problem import (
+    assert_close,
+    assert_equal,
+    batches,
+    largest_difference,
+    loss,
+    ragged_params,
+    train,
+    update,
+)
 
 import optax_flat
 from optax_flat import Walk, scanned, transparent
@@ -368,3 +377,91 @@ def test_one_gradient_takes_no_batches():
     stack = batches(1, 4)[0]
     with pytest.raises(ValueError, match="leading axis 0, got shape"):
         tx.update(params, tx.init(params), params, batches=stack[1:])
+
+
+def test_a_transparent_walk_starts_at_the_params_it_is_given():
+    """Params that were replaced after `init`, by a checkpoint for example."""
+    tx = optax_flat.entropy_sgd(0.5, num_steps=3, mode="transparent", key=0)
+    params, data = ragged_params(), batches(2, 3)
+    other = tx.init(jax.tree.map(jnp.zeros_like, params))
+    assert_equal(
+        train(tx, "transparent", params, data, other).params,
+        train(tx, "transparent", params, data).params,
+    )
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_counters_saturate(mode):
+    tx = optax_flat.entropy_sgd(0.5, num_steps=2, mode=mode, key=0)
+    top = jnp.iinfo(jnp.int32).max
+    state = tx.init(ragged_params())._replace(gradient_evaluations=jnp.int32(top - 1))
+    state = train(tx, mode, ragged_params(), batches(2, 2), state).state
+    assert int(state.gradient_evaluations) >= top - 1
+
+
+def test_masked_merges_for_value_fn():
+    tx = optax_flat.masked(
+        optax_flat.entropy_sgd(0.5, num_steps=3, noise=0.0, key=0),
+        {"layer": True, "scale": False},
+    )
+    params, batch = ragged_params(), batches(1, 1)[0, 0]
+    given = jax.grad(loss)(params, batch), tx.init(params), params
+    from_value_fn, _ = tx.update(*given, value_fn=lambda p: loss(p, batch))
+    from_grad_fn, _ = tx.update(*given, grad_fn=lambda p, _: jax.grad(loss)(p, batch))
+    assert_close(from_value_fn, from_grad_fn)
+
+
+def test_masked_threads_aux():
+    tx = optax_flat.masked(
+        optax_flat.entropy_sgd(0.5, num_steps=3, noise=0.0, has_aux=True, key=0),
+        {"layer": True, "scale": False},
+    )
+    params, stack = ragged_params(), batches(1, 3)[0]
+    updates, _ = tx.update(
+        jax.grad(loss)(params, stack[0]), tx.init(params), params,
+        grad_fn=lambda p, b, aux: (jax.grad(loss)(p, b), aux + 1),
+        batches=stack[1:], aux=jnp.array(0),
+    )  # fmt: skip
+    assert updates["scale"] == 0
+    assert (np.asarray(updates["layer"]["w"]) != 0).any()
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_functions_see_their_dtypes(mode):
+    """`grad_fn` gets points in the params' dtype, `inner_transform` in float32."""
+    seen = {"grad_fn": set(), "inner_transform": set()}
+
+    def grad_fn(params, batch):
+        seen["grad_fn"] |= {x.dtype for x in jax.tree.leaves(params)}
+        return jax.grad(loss)(params, batch)
+
+    def record(updates, state, params=None):
+        leaves = jax.tree.leaves((updates, params))
+        seen["inner_transform"] |= {x.dtype for x in leaves}
+        return updates, state
+
+    spy = optax.GradientTransformation(lambda params: (), record)
+    tx = optax_flat.entropy_sgd(0.5, num_steps=3, inner_transform=spy, mode=mode, key=0)
+    params = ragged_params(jnp.bfloat16)
+    stack = batches(1, 3, jnp.bfloat16)[0]
+    tx.update(
+        grad_fn(params, stack[0]), tx.init(params), params,
+        grad_fn=grad_fn, batches=stack[1:],
+    )  # fmt: skip
+    assert seen["grad_fn"] == {jnp.dtype("bfloat16")}
+    assert seen["inner_transform"] == {jnp.dtype("float32")}
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_the_guard_excuses_what_was_infinite_before(mode):
+    """Such as the best value so far, which starts at infinity."""
+    outer = optax.GradientTransformation(
+        lambda params: jnp.array(jnp.inf),
+        lambda updates, state, params=None: (optax.tree.scale(-1.0, updates), state),
+    )
+    tx = optax_flat.local_entropy(
+        outer, num_steps=2, skip_nonfinite=True, mode=mode, key=0
+    )
+    run = train(tx, mode, ragged_params(), batches(1, 2))
+    assert int(run.state.skipped) == 0
+    assert largest_difference(run.params, ragged_params()) > 1e-4

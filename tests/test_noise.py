@@ -50,12 +50,13 @@ def test_draws_are_independent(kind):
     shape = (500, 400)
     tree = sample(kind, shapes={"a": shape, "b": shape})
     other = sample(kind, key=1, shapes={"a": shape, "b": shape})
+    alone = sample(kind, shapes={"a": shape})
     group = sample(kind, shapes={"c": shape})
     a = np.asarray(tree["a"], float)
     pairs = {
         "leaf": (a, tree["b"]),
         "key": (a, other["a"]),
-        "group with the same key": (a, group["c"]),
+        "group with the same key": (alone["a"], group["c"]),
         "row": (a[1:], a[:-1]),
         "column": (a[:, 1:], a[:, :-1]),
     }

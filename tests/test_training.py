@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -280,3 +281,40 @@ def test_history_progress_line(capsys):
     shown = capsys.readouterr().err
     assert "run: 100%" in shown
     assert "loss=0.125" in shown
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_donated_buffers_are_gone(mode):
+    tx = make(mode)
+    step = make_train_step(loss, tx, donate=True)
+    params = ragged_params()
+    step(params, tx.init(params), feed(batches(1, 4)[0], mode)[0])
+    assert params["layer"]["w"].is_deleted()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_aux_that_was_infinite_before_moves(mode):
+    def loss_fn(params, batch, aux):
+        return loss(params, batch), {"count": aux["count"] + 1, "best": aux["best"]}
+
+    tx = make(mode, has_aux=True)
+    step = make_train_step(loss_fn, tx, has_aux=True)
+    aux = {"count": jnp.array(0), "best": jnp.array(jnp.inf)}
+    batch = feed(batches(1, 4)[0], mode)[0]
+    *_, aux = step(ragged_params(), tx.init(ragged_params()), batch, aux)
+    assert int(aux["count"]) == 1
+
+
+def test_history_cut_off_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    history = History(path=path)
+    history.record(1.0)
+
+    def cut_off(self, text):
+        self.write_bytes(text[:5].encode())
+        raise OSError
+
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(OSError):
+        history.record(2.0)
+    assert History.load(path).loss == [1.0]
