@@ -11,6 +11,12 @@ from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.walk import Walk as Walk
+from optax_flat._methods.coolmomentum import CoolMomentumState as CoolMomentumState
+from optax_flat._methods.coolmomentum import coolmomentum as coolmomentum
+from optax_flat._methods.langevin import add_langevin_noise as add_langevin_noise
+from optax_flat._methods.langevin import psgld as psgld
+from optax_flat._methods.langevin import sghmc as sghmc
+from optax_flat._methods.langevin import sgld as sgld
 from optax_flat._methods.local_entropy import entropy_adam as entropy_adam
 from optax_flat._methods.local_entropy import entropy_sgd as entropy_sgd
 from optax_flat._methods.local_entropy import local_entropy as local_entropy

@@ -4,6 +4,8 @@ Each is a function of a count and computes in the default float dtype. Inside a 
 the count is that of *outer* updates, in both modes.
 """
 
+import math
+
 import jax.numpy as jnp
 import optax
 
@@ -48,3 +50,186 @@ def scoping(gamma: float, scoping: float) -> optax.Schedule:
         return jnp.minimum(gamma * growth, largest)
 
     return schedule
+
+
+def exponential_cooling(
+    initial: float, total_steps: int | None = None, *, rate: float | None = None
+) -> optax.Schedule:
+    r"""Momentum of CoolMomentum: 1 / (1 - rho) decays geometrically.
+
+    .. math::
+        \rho_t = \max\left(0, 1 - (1 - \rho_0)^{1 - t / S}\right)
+                = \max\left(0, 1 - \frac{1 - \rho_0}{\alpha^t}\right),
+        \qquad \alpha = (1 - \rho_0)^{1 / S}
+
+    Args:
+      initial: :math:`\rho_0`, in [0, 1).
+      total_steps: S, updates until the momentum is 0, >= 1. It stays 0 from there on.
+      rate: :math:`\alpha`, in (0, 1], in the place of `total_steps`; 1 does not cool.
+        An `alpha` that was rounded to float32 ends the cooling up to 0.3 % too early or
+        too late, so prefer `total_steps`.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: an argument outside the range given above, or not exactly one of
+        `total_steps` and `rate`.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> rho = schedules.exponential_cooling(0.99, total_steps=100)
+      >>> [round(float(rho(t)), 4) for t in (0, 50, 100, 101)]
+      [0.99, 0.9, 0.0, 0.0]
+
+    References:
+      Borysenko and Byshkin, `CoolMomentum: a method for stochastic optimization by
+      Langevin dynamics with simulated annealing <https://arxiv.org/abs/2005.14605>`_,
+      2021, equation 20.
+    """
+    initial = checks.constant("initial", initial, 0.0, 1.0, open_high=True)
+    if (total_steps is None) == (rate is None):
+        raise ValueError(
+            "exponential_cooling takes `total_steps` or `rate`, got "
+            f"total_steps={total_steps!r} and rate={rate!r}. Give exactly one."
+        )
+    log_start = math.log1p(-initial)
+    if rate is not None:
+        rate = checks.constant("rate", rate, 0.0, 1.0, open_low=True)
+        # An end before the first update is as good as one there.
+        end = math.inf if rate == 1.0 else max(log_start / math.log(rate), 1.0)
+    else:
+        end = checks.integer("total_steps", total_steps, 1)
+
+    def schedule(count):
+        return -jnp.expm1(log_start * _remaining(count, end))
+
+    return schedule
+
+
+def temperature_cooling(initial: float, total_steps: int) -> optax.Schedule:
+    r"""Momentum of CoolMomentum: (1 + rho) / (1 - rho) decays geometrically.
+
+    That ratio is proportional to the temperature of the Langevin dynamics.
+
+    .. math::
+        \frac{1 + \rho_t}{1 - \rho_t} =
+            \left(\frac{1 + \rho_0}{1 - \rho_0}\right)^{1 - t / S},
+        \qquad \rho_t = \tanh((1 - t / S) \operatorname{artanh} \rho_0)
+
+    Args:
+      initial: :math:`\rho_0`, in [0, 1).
+      total_steps: S, updates until the momentum is 0, >= 1. It stays 0 from there on.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: an argument outside the range given above.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> rho = schedules.temperature_cooling(0.99, total_steps=100)
+      >>> [round(float(rho(t)), 4) for t in (0, 50, 100, 101)]
+      [0.99, 0.8676, 0.0, 0.0]
+
+    References:
+      The class `Coolmom` of `the authors' repository
+      <https://github.com/borbysh/coolmomentum>`_, the "exponential" of its README.
+    """
+    initial = checks.constant("initial", initial, 0.0, 1.0, open_high=True)
+    total_steps = checks.integer("total_steps", total_steps, 1)
+
+    def schedule(count):
+        return jnp.tanh(math.atanh(initial) * _remaining(count, total_steps))
+
+    return schedule
+
+
+def linear_cooling(initial: float, total_steps: int) -> optax.Schedule:
+    r"""Momentum of CoolMomentum: rho / (1 - rho) decays linearly.
+
+    .. math::
+        \rho_t = \max\left(0, \frac{\rho_0 (1 - t / S)}{1 - \rho_0 t / S}\right)
+
+    Args:
+      initial: :math:`\rho_0`, in [0, 1).
+      total_steps: S, updates until the momentum is 0, >= 1. It stays 0 from there on.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: an argument outside the range given above.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> rho = schedules.linear_cooling(0.99, total_steps=100)
+      >>> [round(float(rho(t)), 4) for t in (0, 50, 100, 101)]
+      [0.99, 0.9802, 0.0, 0.0]
+
+    References:
+      The class `Coollin` of `the authors' repository
+      <https://github.com/borbysh/coolmomentum>`_.
+    """
+    initial = checks.constant("initial", initial, 0.0, 1.0, open_high=True)
+    total_steps = checks.integer("total_steps", total_steps, 1)
+
+    def schedule(count):
+        u = _remaining(count, total_steps)
+        return initial * u / (1.0 - initial + initial * u)
+
+    return schedule
+
+
+def cyclical_cosine(
+    initial: float, total_steps: int, num_cycles: int = 4
+) -> optax.Schedule:
+    r"""Cosine decay with warm restarts, for cyclical Langevin samplers.
+
+    .. math::
+        \eta_t = \frac{\eta_0}{2} \left(\cos \frac{\pi (t \bmod c)}{c} + 1\right),
+        \qquad c = \lceil S / M \rceil
+
+    Every cycle starts with large steps, which leave the mode that the last one ended
+    in, and ends with small ones, which sample around the next.
+
+    Args:
+      initial: :math:`\eta_0`, the value at the start of a cycle, >= 0.
+      total_steps: S, updates of the whole run, >= 1. Later counts go on cycling.
+      num_cycles: M, >= 1.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: an argument outside the range given above.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> rate = schedules.cyclical_cosine(0.5, total_steps=200, num_cycles=4)
+      >>> [round(float(rate(t)), 4) for t in (0, 25, 49, 50)]
+      [0.5, 0.25, 0.0005, 0.5]
+
+    References:
+      Zhang et al., `Cyclical Stochastic Gradient MCMC for Bayesian Deep Learning
+      <https://arxiv.org/abs/1902.03932>`_, 2020, equation 1; their k is t + 1.
+    """
+    initial = checks.constant("initial", initial, 0.0)
+    total_steps = checks.integer("total_steps", total_steps, 1)
+    cycle = math.ceil(total_steps / checks.integer("num_cycles", num_cycles, 1))
+
+    def schedule(count):
+        phase = jnp.asarray(jnp.asarray(count) % cycle, float) / cycle
+        return initial / 2.0 * (jnp.cos(jnp.pi * phase) + 1.0)
+
+    return schedule
+
+
+def _remaining(count, end):
+    """The fraction of the cooling that is left: 1 at count 0, 0 from the end on."""
+    return jnp.maximum(0.0, 1.0 - jnp.asarray(count, float) / end)

@@ -21,9 +21,10 @@ def integer(name: str, value: Any, minimum: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(
             f"`{name}` must be a Python int >= {minimum}, got {value!r} of type "
-            f"{type(value).__name__}. It fixes the length of a loop, so it cannot be "
-            "a float, a schedule or a traced array; with optax.inject_hyperparams "
-            "name it in `static_args` (the factory's `.static_args` lists them)."
+            f"{type(value).__name__}. It must be known before the program is built, so "
+            "it cannot be a float, a schedule or a traced array; with "
+            "optax.inject_hyperparams name it in `static_args` (the factory's "
+            "`.static_args` lists them)."
         )
     if value < minimum:
         raise ValueError(
@@ -68,6 +69,18 @@ def number(
             "or a schedule that stays inside."
         )
     return value
+
+
+def constant(name: str, value: Any, *interval: float, **open_ends: bool) -> float:
+    """A concrete float, with the interval as in `number`."""
+    number(name, value, *interval, **open_ends)
+    try:
+        return float(value)
+    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        raise TypeError(
+            f"`{name}` must be a float that is known before the program is built, got "
+            f"{value!r}. It shapes a schedule, so it cannot be one, nor be traced."
+        ) from error
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
