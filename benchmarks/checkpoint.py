@@ -1,11 +1,11 @@
 """Checkpoints of a run that takes minutes, so that it can be cut off at any moment.
 
-    with Checkpoint(DIR / "runs" / "adam-0") as checkpoint:
-        state, log = checkpoint.restore(state, {"epoch": 0, "losses": []})
-        while log["epoch"] < epochs:
-            ...
-            checkpoint.save(log["epoch"], state, log)
-    checkpoint.delete()  # once the row of the run is written
+with Checkpoint(DIR / "runs" / "adam-0") as checkpoint:
+    state, log = checkpoint.restore(state, {"epoch": 0, "losses": []})
+    while log["epoch"] < epochs:
+        ...
+        checkpoint.save(log["epoch"], state, log)
+checkpoint.delete()  # once the row of the run is written
 """
 
 import shutil

@@ -97,8 +97,8 @@ def exponential_cooling(
     log_start = math.log1p(-initial)
     if rate is not None:
         rate = checks.constant("rate", rate, 0.0, 1.0, open_low=True)
-        # An end before the first update is as good as one there.
-        end = math.inf if rate == 1.0 else max(log_start / math.log(rate), 1.0)
+        # An end before the second update is as good as one there, and 1e30 as never.
+        end = 1e30 if rate == 1.0 else max(log_start / math.log(rate), 1.0)
     else:
         end = checks.integer("total_steps", total_steps, 1)
 
@@ -232,4 +232,5 @@ def cyclical_cosine(
 
 def _remaining(count, end):
     """The fraction of the cooling that is left: 1 at count 0, 0 from the end on."""
-    return jnp.maximum(0.0, 1.0 - jnp.asarray(count, float) / end)
+    # The difference first: XLA may make a product with 1 / end of the division.
+    return jnp.maximum(0.0, end - jnp.asarray(count, float)) / end

@@ -8,10 +8,16 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import optax_flat
+from optax_flat._core.noise import draw
+
+WALK_MODES = ("scanned", "transparent")
+PLAIN = ("plain",)  # one gradient per update, which stands on the params themselves
 
 
 class Quadratic(NamedTuple):
@@ -31,15 +37,30 @@ class Method(NamedTuple):
     # Limit arguments that make it a known optimizer with one gradient per update.
     off: dict[str, Any]
     off_is: optax.GradientTransformation
-    # First update from x on a quadratic, with the arguments `closed_form_arguments`.
+    # Where `closed_form_updates` updates lead from x on a quadratic, minus x, with the
+    # arguments `closed_form_arguments`.
     closed_form: Callable[[Quadratic, np.ndarray], np.ndarray]
     closed_form_arguments: dict[str, Any]
     bad: list[tuple[dict[str, Any], type[Exception], str]]  # arguments, error, words
-    modes: tuple[str, ...] = ("scanned", "transparent")
+    modes: tuple[str, ...] = WALK_MODES
     length: int = 4  # gradients per outer update, with these arguments
+    closed_form_updates: int = 1
+    keeps_floats: bool = True  # whether there is any floating-point array in its state
 
-    def make(self, **overrides: Any) -> optax.GradientTransformationExtraArgs:
+    @property
+    def has_key(self) -> bool:
+        """Whether it takes a PRNG key."""
+        return "key" in self.arguments
+
+    def loop(self, mode: str) -> dict[str, str]:
+        """The argument that chooses a mode, where there is a choice."""
+        return {"mode": mode} if self.modes == WALK_MODES else {}
+
+    def make(
+        self, *, mode: str = "scanned", **overrides: Any
+    ) -> optax.GradientTransformationExtraArgs:
         """The optimizer with some arguments replaced; equal ones are one object."""
+        overrides = self.loop(mode) | overrides
         try:
             key = tuple((k, v, type(v)) for k, v in sorted(overrides.items()))
             hash(key)
@@ -111,6 +132,58 @@ LOCAL_ENTROPY_BAD = [
     ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be a floating"),
 ]
 
+
+def cooled_steps(q: Quadratic, x, *, learning_rate, momenta, weight_decay):
+    """Displacement after some updates of CoolMomentum: one matrix product each.
+
+    With weight decay the quadratic has H + decay and its center moves.
+    """
+    identity = np.eye(len(x))
+    H = q.H + weight_decay * identity
+    center = np.linalg.solve(H, q.H @ q.c)
+    state = np.concatenate([x - center, np.zeros(len(x))])  # (x - center, dx)
+    for rho in momenta:
+        descent = learning_rate * (1 + rho) / 2 * H
+        step = np.hstack([descent, rho * identity])
+        state = np.vstack([np.eye(len(x), 2 * len(x)) - step, step]) @ state
+    return state[: len(x)] + center - x
+
+
+def langevin_steps(q: Quadratic, x, *, rate, temperature, friction, updates):
+    """Displacement after some updates of SGHMC; friction 1 is SGLD."""
+    y, v = x - q.c, 0.0
+    for z in normals(x, updates):
+        kick = np.sqrt(2 * friction * rate * temperature) * z
+        v = (1 - friction) * v - rate * q.H @ y + kick
+        y = y + v
+    return y + q.c - x
+
+
+def rms_langevin_step(q: Quadratic, x, *, rate, temperature, decay, eps):
+    """First update of pSGLD."""
+    g = q.H @ (x - q.c)
+    G = 1 / (np.sqrt((1 - decay) * g**2) + eps)
+    return -rate * G * g + np.sqrt(2 * rate * temperature * G) * normals(x, 1)[0]
+
+
+def normals(x, updates):
+    """What the key 0 draws."""
+    return [
+        np.asarray(
+            draw(jax.random.fold_in(jax.random.key(0), t), jnp.asarray(x), "normal")
+        )
+        for t in range(updates)
+    ]
+
+
+LANGEVIN_BAD = [
+    ({"temperature": -1.0}, ValueError, r"`temperature` must lie in \[0, inf\)"),
+    ({"temperature": None}, TypeError, "`temperature` must be a float"),
+    ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of 'normal'"),
+    ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
+]
+NEGATIVE_RATE = ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in")
+
 METHODS = [
     Method(
         name="local_entropy",
@@ -172,6 +245,115 @@ METHODS = [
             ({"b2": 1.0}, ValueError, r"`b2` must lie in \[0, 1\), got 1"),
             ({"eps": -1.0}, ValueError, "`eps` must lie in"),
         ],
+    ),
+    Method(
+        name="coolmomentum",
+        arguments={"learning_rate": 0.2, "momentum": 0.9},
+        floats={"learning_rate": 0.3, "momentum": 0.5, "weight_decay": 0.1},
+        noisy={},
+        off={"momentum": 0.0, "weight_decay": 0.0},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: cooled_steps(
+            q, x, learning_rate=0.1, momenta=[0.9, 0.8, 0.0], weight_decay=0.05
+        ),
+        closed_form_arguments={
+            "learning_rate": 0.1,
+            "momentum": lambda t: jnp.array([0.9, 0.8, 0.0])[t],
+            "weight_decay": 0.05,
+        },
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            (
+                {"momentum": 1.1},
+                ValueError,
+                r"`momentum` must lie in \[0, 1\], got 1.1",
+            ),
+            ({"momentum": "0.9"}, TypeError, "`momentum` must be a float"),
+            ({"weight_decay": -0.1}, ValueError, "`weight_decay` must lie in"),
+        ],
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="add_langevin_noise",
+        arguments={"step_size": 0.1, "temperature": 0.02, "key": 0},
+        floats={"step_size": 0.3, "temperature": 0.1},
+        noisy={"temperature": 0.05},
+        off={"temperature": 0.0},
+        off_is=optax.identity(),
+        closed_form=lambda q, x: (
+            q.H @ (x - q.c) + np.sqrt(2 * 0.1 * 0.3) * normals(x, 1)[0]
+        ),
+        closed_form_arguments={"step_size": 0.1, "temperature": 0.3},
+        bad=[
+            *LANGEVIN_BAD,
+            ({"step_size": -0.1}, ValueError, "`step_size` must lie in"),
+        ],
+        keeps_floats=False,
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="sgld",
+        arguments={"learning_rate": 0.1, "temperature": 0.0, "key": 0},
+        floats={"learning_rate": 0.3, "temperature": 0.1},
+        noisy={"temperature": 0.05},
+        off={"temperature": 0.0},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: langevin_steps(
+            q, x, rate=0.1, temperature=0.3, friction=1.0, updates=3
+        ),
+        closed_form_arguments={"temperature": 0.3},
+        closed_form_updates=3,
+        bad=[*LANGEVIN_BAD, NEGATIVE_RATE],
+        keeps_floats=False,
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="psgld",
+        arguments={"learning_rate": 0.1, "temperature": 0.0, "eps": 0.1, "key": 0},
+        floats={"learning_rate": 0.3, "temperature": 0.1, "decay": 0.9, "eps": 0.5},
+        noisy={"temperature": 0.05},
+        off={"temperature": 0.0},
+        off_is=optax.rmsprop(0.1, decay=0.99, eps=0.1, eps_in_sqrt=False),
+        closed_form=lambda q, x: rms_langevin_step(
+            q, x, rate=0.1, temperature=0.3, decay=0.8, eps=0.2
+        ),
+        closed_form_arguments={"temperature": 0.3, "decay": 0.8, "eps": 0.2},
+        bad=[
+            *LANGEVIN_BAD,
+            NEGATIVE_RATE,
+            ({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1"),
+            ({"eps": 0.0}, ValueError, r"`eps` must lie in \(0, inf\), got 0"),
+        ],
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="sghmc",
+        arguments={"learning_rate": 0.1, "temperature": 0.0, "key": 0},
+        floats={"learning_rate": 0.3, "temperature": 0.1, "friction": 0.6},
+        noisy={"temperature": 0.05},
+        off={"temperature": 0.0, "friction": 0.1},
+        off_is=optax.sgd(0.1, momentum=0.9),
+        closed_form=lambda q, x: langevin_steps(
+            q, x, rate=0.1, temperature=0.3, friction=0.4, updates=3
+        ),
+        closed_form_arguments={"temperature": 0.3, "friction": 0.4},
+        closed_form_updates=3,
+        bad=[
+            *LANGEVIN_BAD,
+            NEGATIVE_RATE,
+            (
+                {"friction": 1.1},
+                ValueError,
+                r"`friction` must lie in \[0, 1\], got 1.1",
+            ),
+        ],
+        modes=PLAIN,
+        length=1,
     ),
 ]
 

@@ -68,3 +68,44 @@ def test_entropy_sgd(name, mode, x64):
     for leaf in ("W", "b"):
         ours = np.stack([params[leaf] for params in run.path])
         np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=1e-10)
+
+
+def cooling(config):
+    """The published classes' arguments in ours."""
+    if "beta" in config:
+        return optax_flat.schedules.exponential_cooling(
+            config["momentum"], rate=config["beta"]
+        )
+    schedule = {
+        "coolmomentum_linear": optax_flat.schedules.linear_cooling,
+        "coolmomentum_temperature": optax_flat.schedules.temperature_cooling,
+    }[config["name"]]
+    return schedule(config["rho_0"], config["cool_steps"])
+
+
+@pytest.mark.parametrize(
+    "name", ["exponential", "exponential_wd", "temperature", "linear", "no_cooling"]
+)
+def test_coolmomentum(name, x64):
+    meta, golden = load(f"coolmomentum_{name}")
+    config = meta["config"] | {"name": f"coolmomentum_{name}"}
+    momentum = cooling(config)
+    tx = optax_flat.coolmomentum(
+        config["lr"], momentum, weight_decay=config.get("weight_decay", 0.0)
+    )
+    params = {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
+    data = [
+        (jnp.asarray(X)[None], jnp.asarray(y)[None])
+        for X, y in zip(golden["X"], golden["y"], strict=True)
+    ]
+    assert len(data) == 70  # some of them after the end of the cooling
+    run = train(tx, "plain", params, data, loss=cross_entropy)
+    for leaf in ("W", "b"):
+        ours = np.stack([params[leaf] for params in run.path])
+        np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=1e-10)
+    known = ~np.isnan(golden["rho"])  # one class keeps it to itself
+    rho = np.array([momentum(t) for t in range(70)])
+    np.testing.assert_allclose(rho[known], golden["rho"][known], rtol=0, atol=1e-10)
+    if name != "no_cooling":
+        assert rho[0] > 0.9
+        assert (rho[60:] == 0).all()

@@ -76,7 +76,7 @@ def collect_samples(
     """
     burn_in = checks.integer("burn_in", burn_in, 0)
     thin = checks.integer("thin", thin, 1)
-    num_steps, num_samples = _count(batches, burn_in, thin)
+    num_samples = _count(batches, burn_in, thin)
     first = jax.tree.map(lambda x: x[:burn_in], batches)
     rest = jax.tree.map(
         lambda x: x[burn_in:].reshape(num_samples, thin, *x.shape[1:]), batches
@@ -105,12 +105,11 @@ def collect_samples(
         one_sample, (chain, mean), (jnp.arange(num_samples), rest)
     )
     losses = jnp.concatenate([early, late.ravel()])
-    assert losses.shape == (num_steps,)
     return Samples(*chain, losses, samples, mean)
 
 
 def _count(batches, burn_in, thin):
-    """The number of steps and of samples."""
+    """The number of samples."""
     lengths = {
         jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
         for leaf in jax.tree.leaves(batches)
@@ -128,4 +127,4 @@ def _count(batches, burn_in, thin):
             f"samples, got {steps} with burn_in={burn_in} and thin={thin}. Cut or add "
             "minibatches, or change `burn_in`."
         )
-    return steps, samples
+    return samples
