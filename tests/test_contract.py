@@ -540,7 +540,7 @@ def test_typed_raw_and_int_keys(method, mode):
 @key_case
 def test_population(method, mode):
     """vmap over the factory and init: members with equal params and own keys differ."""
-    data = batches(2, method.length)
+    data = batches(1, method.length)
 
     @jax.jit
     def member(key):
