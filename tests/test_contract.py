@@ -540,7 +540,7 @@ def test_typed_raw_and_int_keys(method, mode):
 @key_case
 def test_population(method, mode):
     """vmap over the factory and init: members with equal params and own keys differ."""
-    data = batches(3, method.length)
+    data = batches(2, method.length)
 
     def gentle(params, batch):  # add_langevin_noise alone climbs
         return 0.1 * loss(params, batch)
