@@ -13,6 +13,9 @@ from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.walk import Walk as Walk
 from optax_flat._methods.coolmomentum import CoolMomentumState as CoolMomentumState
 from optax_flat._methods.coolmomentum import coolmomentum as coolmomentum
+from optax_flat._methods.langevin import LangevinNoiseState as LangevinNoiseState
+from optax_flat._methods.langevin import PSGLDState as PSGLDState
+from optax_flat._methods.langevin import SGHMCState as SGHMCState
 from optax_flat._methods.langevin import add_langevin_noise as add_langevin_noise
 from optax_flat._methods.langevin import psgld as psgld
 from optax_flat._methods.langevin import sghmc as sghmc

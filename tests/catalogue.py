@@ -248,7 +248,7 @@ METHODS = [
     ),
     Method(
         name="coolmomentum",
-        arguments={"learning_rate": 0.2, "momentum": 0.9},
+        arguments={"learning_rate": 0.2, "momentum": 0.9, "weight_decay": 0.03},
         floats={"learning_rate": 0.3, "momentum": 0.5, "weight_decay": 0.1},
         noisy={},
         off={"momentum": 0.0, "weight_decay": 0.0},

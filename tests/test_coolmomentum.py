@@ -22,6 +22,21 @@ def test_constant_momentum_is_sgd_up_to_its_factor():
     )
 
 
+def test_cooling_is_trace_behind_its_rate():
+    """Rate and (1 + rho) / 2 are inside the buffer, also while both move."""
+    data = batches(8, 1)
+    rate = optax.linear_schedule(0.2, 0.05, 6)
+    momentum = schedules.linear_cooling(0.95, 6)
+    expression = optax.chain(
+        optax.scale_by_schedule(lambda t: -rate(t) * (1 + momentum(t)) / 2),
+        optax.inject_hyperparams(optax.trace)(decay=momentum),
+    )
+    cool = train(
+        optax_flat.coolmomentum(rate, momentum), "plain", ragged_params(), data
+    )
+    assert_close(cool.params, train(expression, "plain", ragged_params(), data).params)
+
+
 def test_weight_decay_is_that_of_a_chain():
     """Also with a mask; so the argument needs none."""
     data = batches(5, 1)

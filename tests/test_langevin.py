@@ -14,7 +14,7 @@ from optax_flat._methods import langevin
 H = np.array([[2.5, 1.5], [1.5, 2.0]])  # eigenvalues 0.73 and 3.77
 CENTER = np.array([1.0, -2.0])
 T = 0.5
-CHAINS = 30_000
+CHAINS = 40_000
 
 
 def run_chains(tx, gradient, start, steps, **fields):
@@ -129,6 +129,30 @@ def test_psgld_bias_of_the_dropped_drift(kind):
     assert (np.abs(fine - expected) < 5 * fine_error + 0.05 * expected).all()
 
 
+def test_psgld_bias_grows_as_steps_shrink():
+    """At a fixed decay the preconditioner follows a slow chain."""
+    curvature, decay = np.array([4.0, 1.0]), 0.95
+
+    def excess(rate):
+        tx = optax_flat.psgld(
+            rate, T, decay=decay, eps=0.5, noise_kind="rademacher", key=0
+        )
+        start = exact_start(np.diag(T / curvature))
+        x = run_chains(
+            tx,
+            lambda x: curvature * (x - CENTER),
+            start,
+            int(8 / rate),
+            nu=jnp.full((CHAINS, 2), T, jnp.float32) * jnp.asarray(curvature, "f4"),
+        )
+        G = 1 / (np.sqrt(curvature * T) + 0.5)
+        step_bias = 1 / (1 - rate * G * curvature / 2)
+        return x.var(axis=0) / (T / curvature) - step_bias
+
+    error = np.sqrt(2 / CHAINS)
+    assert (excess(0.01) > excess(0.1) + 5 * error).all()
+
+
 def test_noise_is_right_under_schedules():
     """Rate and temperature at the same count make the noise of each update."""
     rates, temperatures = np.array([0.1, 0.02, 0.3]), np.array([0.5, 2.0, 0.0])
@@ -236,7 +260,15 @@ def test_noise_behind_a_chain_is_not_scaled():
     )
 
 
-@pytest.mark.parametrize("factory", [optax_flat.sgld, optax_flat.psgld])
+@pytest.mark.parametrize(
+    "factory",
+    [
+        optax_flat.sgld,
+        optax_flat.psgld,
+        optax_flat.sghmc,
+        optax_flat.add_langevin_noise,
+    ],
+)
 def test_zero_temperature_draws_nothing(factory):
     tx = factory(0.1, 0.0, key=0)
     x = ragged_params()

@@ -73,6 +73,43 @@ def test_goes_on_where_it_ended():
     assert_close(second.samples["scale"], whole.samples["scale"][6:])
 
 
+def test_is_compiled_once():
+    """However often it is called with the same step."""
+    traces = []
+
+    def counted(params, batch):
+        traces.append(None)
+        return loss(params, batch)
+
+    tx, start = sampler(), ragged_params()
+    step = make_train_step(counted, tx)
+    run = collect_samples(step, start, tx.init(start), DATA[:6], thin=3)
+    first = len(traces)
+    assert first > 0
+    collect_samples(step, run.params, run.opt_state, DATA[6:12], thin=3)
+    assert len(traces) == first
+
+
+def test_aux_moves_along():
+    """It goes through every step and to predict_fn."""
+
+    def loss_fn(params, batch, aux):
+        return loss(params, batch), aux + batch.sum()
+
+    tx, start = sampler(), ragged_params()
+    run = collect_samples(
+        make_train_step(loss_fn, tx, has_aux=True), start, tx.init(start), DATA,
+        burn_in=BURN_IN, thin=THIN, aux=jnp.zeros([]),
+        predict_fn=lambda params, aux: (params["scale"], aux),
+    )  # fmt: skip
+    sums = np.cumsum(DATA.sum(axis=(1, 2)))
+    assert_close(run.aux, sums[-1], factor=10)
+    assert_close(run.prediction[1], sums[BURN_IN + THIN - 1 :: THIN].mean(), factor=10)
+    without = by_hand(tx)
+    assert_close(run.params, without[0])
+    assert_close(run.prediction[0], np.mean([s["scale"] for s in without[3]]))
+
+
 def test_samples_need_not_be_kept():
     tx, start = sampler(), ragged_params()
     run = collect_samples(

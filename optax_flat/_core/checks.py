@@ -22,9 +22,9 @@ def integer(name: str, value: Any, minimum: int) -> int:
         raise TypeError(
             f"`{name}` must be a Python int >= {minimum}, got {value!r} of type "
             f"{type(value).__name__}. It must be known before the program is built, so "
-            "it cannot be a float, a schedule or a traced array; with "
-            "optax.inject_hyperparams name it in `static_args` (the factory's "
-            "`.static_args` lists them)."
+            "it cannot be a float, a schedule or a traced array. (What "
+            "optax.inject_hyperparams must not trace goes into its `static_args`; the "
+            "factory's `.static_args` has the names.)"
         )
     if value < minimum:
         raise ValueError(

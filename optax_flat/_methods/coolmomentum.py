@@ -56,7 +56,8 @@ def coolmomentum(
     t = 0, 1, 2, ...
 
     The effective learning rate of a momentum method is the sum over all later steps of
-    what one gradient moves: here :math:`\eta (1 + \rho) / (2 (1 - \rho))`. It falls
+    what one gradient moves, with :math:`\rho` constant
+    :math:`\eta (1 + \rho) / (2 (1 - \rho))`. It falls
     from 99.5 :math:`\eta` at :math:`\rho` = 0.99 to :math:`\eta / 2` at the end of the
     cooling, without a schedule of the learning rate itself. The rate and
     :math:`(1 + \rho_t) / 2` are inside the buffer, so a step that was large stays
@@ -65,6 +66,8 @@ def coolmomentum(
     One gradient evaluation per update. The temperature that the authors plot, the mean
     squared step per parameter, costs nothing until it is read:
     ``optax.tree.get(opt_state, "CoolMomentumState").temperature``, also under `jit`.
+    (Under `optax.partition` there may be several such states, for which there is
+    `optax.tree.get_all_with_path`; that of a population is read under `jax.vmap`.)
 
     Args:
       learning_rate: :math:`\eta`, the square of the time step, >= 0.
@@ -83,20 +86,22 @@ def coolmomentum(
       TypeError: an argument of the wrong type.
 
     Example:
-      The momentum falls to zero and the temperature with it:
+      The momentum falls to zero and the temperature with it, although the gradients
+      are as noisy at the end as at the start:
 
       >>> import jax, jax.numpy as jnp, optax, optax_flat
-      >>> momentum = optax_flat.schedules.exponential_cooling(0.99, total_steps=300)
+      >>> momentum = optax_flat.schedules.exponential_cooling(0.99, total_steps=400)
       >>> tx = optax_flat.coolmomentum(0.01, momentum)
-      >>> x = jnp.array([3.0, -2.0])
-      >>> state = tx.init(x)
-      >>> temperatures = []
-      >>> for t in range(400):
-      ...     updates, state = tx.update(x, state)  # the gradient of ||x||^2 / 2
-      ...     x = optax.apply_updates(x, updates)
-      ...     temperatures.append(float(state.temperature))
-      >>> bool(jnp.linalg.norm(x) < 1e-2), temperatures[-1] < 1e-4 * temperatures[0]
-      (True, True)
+      >>> def step(carry, key):
+      ...     x, state = carry
+      ...     grads = x + jax.random.normal(key, x.shape)
+      ...     updates, state = tx.update(grads, state)
+      ...     return (optax.apply_updates(x, updates), state), state.temperature
+      >>> x = jnp.zeros(1000)
+      >>> keys = jax.random.split(jax.random.key(0), 500)
+      >>> _, temperatures = jax.lax.scan(step, (x, tx.init(x)), keys)
+      >>> bool(temperatures[:100].mean() > 30 * temperatures[-100:].mean())
+      True
 
     References:
       Borysenko and Byshkin, `CoolMomentum: a method for stochastic optimization by
@@ -122,7 +127,7 @@ def coolmomentum(
         update at the first call and starts at exponent 1. Here the first update moves.
       * main_cool.py (EfficientNet) keeps raw gradients in TensorFlow's momentum buffer
         and multiplies by the current rate, which is another algorithm while rho moves;
-        that is ``optax.chain(optax.trace(...), optax.scale_by_schedule(...))``.
+        that is Optax's momentum with a schedule of the rate *behind* its buffer.
       * The command for Penn Treebank has beta = 0.9999998018, that is S = 2.3e7: in a
         run of usual length rho hardly moves.
     """
@@ -143,7 +148,8 @@ def coolmomentum(
         if decays:
             checks.float_params(params)
             decay = at(weight_decay, state.count)
-            grads = jax.tree.map(lambda g, x: g + decay * x, grads, params)
+            x = trees.cast_like(params, state.mu)
+            grads = jax.tree.map(lambda g, x: g + decay * x, grads, x)
         rho = at(momentum, state.count)
         rate = at(learning_rate, state.count) * (1.0 + rho) / 2.0
         mu = jax.tree.map(lambda dx, g: rho * dx + rate * g, state.mu, grads)

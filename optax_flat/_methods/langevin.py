@@ -1,7 +1,8 @@
 r"""Langevin samplers: SGLD, preconditioned SGLD, SGHMC.
 
 Gradient descent with noise of the right size does not stop at a minimum; it visits the
-params with the density exp(-f / T), wide minima more often than narrow ones:
+params with the density exp(-f / T), in which of two minima of one depth the wider has
+more weight:
 
     SGLD    x  <- x - learning_rate g + sqrt(2 learning_rate T) z
     pSGLD   nu <- decay nu + (1 - decay) g^2,   G = 1 / (sqrt(nu) + eps)
@@ -71,6 +72,11 @@ def add_langevin_noise(
     (`optax.add_noise`) would be heated or cooled by it, and by any momentum or
     preconditioner in between. Both arguments may be schedules of the same count, and
     the noise stays right while they move.
+
+    The chain samples exp(-f / T) if what stands in front is :math:`-\eta g`. A clipped
+    or decayed gradient samples another density, that of its own potential where it has
+    one; with momentum or a preconditioner in front there is none: use `sghmc` or
+    `psgld`, whose noise goes through them as it should.
 
     Args:
       step_size: :math:`\eta`, the learning rate in front, >= 0.
@@ -145,6 +151,9 @@ def sgld(
     On a quadratic of curvature k its stationary variance is
     :math:`(T / k) / (1 - \eta k / 2)`: T / k, and a bias of the order of the step. The
     noise of the minibatches comes on top. One gradient evaluation per update.
+
+    Keep the params in float32: at T = 1 / N the steps of the noise are often below the
+    spacing of bfloat16, and would be rounded away.
 
     The prior is part of the loss: ``optax.add_decayed_weights(T / variance)`` in front
     is a normal prior of that variance. `optax_flat.training.collect_samples` gathers
@@ -270,11 +279,14 @@ def psgld(
       Networks <https://arxiv.org/abs/1512.07666>`_, 2016.
 
     Differs from the paper:
-      The drift term :math:`\Gamma = \nabla \cdot G` is dropped, as in every code. What
-      is left samples :math:`e^{-f / T} / G(x)` in the limit of small steps if G follows
-      x at once (`decay` = 0: for f = k x^2 / 2 twice the right variance); the bias
-      vanishes as 1 - `decay` does. `nu` takes the *mean* gradient; codes that feed the
-      gradient of the sum over N examples make `eps` N times less effective.
+      The drift term :math:`\Gamma = \nabla \cdot G`, which the paper drops in practice,
+      is not there. The bias is small if the mean of squares forgets slowly against the
+      chain, 1 / (1 - a) updates against 1 / (:math:`\eta G k`) at curvature k; so at a
+      fixed `decay` it *grows* as the learning rate falls, up to samples of
+      :math:`e^{-f / T} / G(x)`, for f = k x^2 / 2 and a small `eps` twice the right
+      variance. The noise of minibatches makes `nu` more constant and the bias smaller.
+      `nu` takes the *mean* gradient; codes that feed the gradient of the sum over N
+      examples make `eps` N times less effective.
     """
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("decay", decay, 0.0, 1.0, open_high=True)
@@ -325,6 +337,9 @@ def sghmc(
     with c = `friction`. On a quadratic of curvature k the stationary variance is
     :math:`(T / k) / (1 - \eta k / (4 - 2 c))`. One gradient evaluation per update.
 
+    The chain moves as fast as that of `sgld` with the learning rate :math:`\eta / c`,
+    and the velocity follows a change of :math:`\eta` or T within about 1 / c updates.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
@@ -362,7 +377,7 @@ def sghmc(
 
     Differs from the paper:
       No estimate of the minibatches' own noise is subtracted (the paper's
-      :math:`\hat\beta` = 0, as in its experiments). The paper writes the sum over N
+      :math:`\hat\beta` is 0). The paper writes the sum over N
       examples and T = 1; its learning rate is 1 / N of ours.
     """
     checks.number("learning_rate", learning_rate, 0.0)

@@ -1,5 +1,6 @@
 """Samples and predictive averages from a sampler's run."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ class Samples(NamedTuple):
 
     params: optax.Params  # where the run ended, to go on from
     opt_state: optax.OptState
+    aux: Any
     losses: jax.Array  # [steps], what the training step returned
     samples: optax.Params | None  # every leaf with a leading axis S; None if not kept
     prediction: Any  # mean of predict_fn over the samples; None without predict_fn
@@ -28,8 +30,9 @@ def collect_samples(
     *,
     burn_in: int = 0,
     thin: int = 1,
-    predict_fn: Callable[[optax.Params], Any] | None = None,
+    predict_fn: Callable[..., Any] | None = None,
     keep: bool = True,
+    aux: Any = None,
 ) -> Samples:
     """Runs a sampler in one `lax.scan` and takes a sample every few steps.
 
@@ -38,9 +41,13 @@ def collect_samples(
     `predict_fn` over the samples is what Bayesian prediction asks for; it is summed up
     as the run goes, so that no more than one sample need be held (``keep=False``).
 
+    A long run may be cut into several calls: each returns where it ended. The scan is
+    compiled once for the same `step` and `predict_fn`, so make these outside the loop.
+
     Args:
       step: ``(params, opt_state, batch) -> (params, opt_state, loss)``, as
-        `make_train_step` makes it.
+        `make_train_step` makes it; with `aux`, which it then takes and returns as the
+        fourth.
       params: where the chain starts.
       opt_state: the sampler's state there.
       batches: minibatches, every leaf with the leading axis steps = burn_in + S * thin.
@@ -48,8 +55,10 @@ def collect_samples(
       burn_in: steps before the first sample's own, >= 0.
       thin: steps per sample, >= 1.
       predict_fn: ``params -> tree of floating-point arrays``, for instance the class
-        probabilities of test inputs.
+        probabilities of test inputs; ``(params, aux)`` if there is `aux`.
       keep: whether the samples themselves are returned.
+      aux: what moves along in the step: batch statistics, dropout keys. None if there
+        is nothing.
 
     Returns:
       `Samples`.
@@ -76,40 +85,52 @@ def collect_samples(
     """
     burn_in = checks.integer("burn_in", burn_in, 0)
     thin = checks.integer("thin", thin, 1)
-    num_samples = _count(batches, burn_in, thin)
+    _check_length(batches, burn_in, thin)
+    chain = (params, opt_state) if aux is None else (params, opt_state, aux)
+    return _run(
+        chain, batches,
+        step=step, burn_in=burn_in, thin=thin, predict_fn=predict_fn, keep=keep,
+    )  # fmt: skip
+
+
+@functools.partial(
+    jax.jit, static_argnames=("step", "burn_in", "thin", "predict_fn", "keep")
+)
+def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep):
     first = jax.tree.map(lambda x: x[:burn_in], batches)
-    rest = jax.tree.map(
-        lambda x: x[burn_in:].reshape(num_samples, thin, *x.shape[1:]), batches
-    )
+    rest = jax.tree.map(lambda x: x[burn_in:].reshape(-1, thin, *x.shape[1:]), batches)
 
-    def one_step(carry, batch):
-        params, opt_state, loss = step(*carry, batch)
-        return (params, opt_state), loss
+    def one_step(chain, batch):
+        params, opt_state, *extra = chain
+        params, opt_state, loss, *extra = step(params, opt_state, batch, *extra)
+        return (params, opt_state, *extra), loss
 
-    def one_sample(carry, inputs):
-        chain, mean = carry
-        taken, batches = inputs
+    def predict(sample, extra):
+        return trees.accumulator(predict_fn(sample, *extra))
+
+    def one_sample(carry, batches):
+        chain, mean, taken = carry
         chain, losses = jax.lax.scan(one_step, chain, batches)
-        sample = modes.eval_params(chain[1], chain[0])
+        params, opt_state, *extra = chain
+        sample = modes.eval_params(opt_state, params)
         if predict_fn is not None:
-            new = trees.accumulator(predict_fn(sample))
+            new = predict(sample, extra)
             mean = jax.tree.map(lambda m, x: m + (x - m) / (taken + 1), mean, new)
-        return (chain, mean), (losses, sample if keep else None)
+        return (chain, mean, taken + 1), (losses, sample if keep else None)
 
     mean = None
     if predict_fn is not None:
-        shapes = jax.eval_shape(lambda p: trees.accumulator(predict_fn(p)), params)
-        mean = trees.concrete(shapes)
-    chain, early = jax.lax.scan(one_step, (params, opt_state), first)
-    (chain, mean), (late, samples) = jax.lax.scan(
-        one_sample, (chain, mean), (jnp.arange(num_samples), rest)
-    )
+        params, _, *extra = chain
+        mean = trees.concrete(jax.eval_shape(predict, params, extra))
+    chain, early = jax.lax.scan(one_step, chain, first)
+    (chain, mean, _), (late, samples) = jax.lax.scan(one_sample, (chain, mean, 0), rest)
+    params, opt_state, *extra = chain
     losses = jnp.concatenate([early, late.ravel()])
-    return Samples(*chain, losses, samples, mean)
+    aux = extra[0] if extra else None
+    return Samples(params, opt_state, aux, losses, samples, mean)
 
 
-def _count(batches, burn_in, thin):
-    """The number of samples."""
+def _check_length(batches, burn_in, thin):
     lengths = {
         jnp.shape(leaf)[0] if jnp.ndim(leaf) else None
         for leaf in jax.tree.leaves(batches)
@@ -127,4 +148,3 @@ def _count(batches, burn_in, thin):
             f"samples, got {steps} with burn_in={burn_in} and thin={thin}. Cut or add "
             "minibatches, or change `burn_in`."
         )
-    return samples
