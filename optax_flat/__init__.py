@@ -13,6 +13,10 @@ from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.walk import Walk as Walk
 from optax_flat._methods.coolmomentum import CoolMomentumState as CoolMomentumState
 from optax_flat._methods.coolmomentum import coolmomentum as coolmomentum
+from optax_flat._methods.ensemble_kalman import (
+    EnsembleKalmanState as EnsembleKalmanState,
+)
+from optax_flat._methods.ensemble_kalman import ensemble_kalman as ensemble_kalman
 from optax_flat._methods.langevin import LangevinNoiseState as LangevinNoiseState
 from optax_flat._methods.langevin import PSGLDState as PSGLDState
 from optax_flat._methods.langevin import SGHMCState as SGHMCState
@@ -23,5 +27,12 @@ from optax_flat._methods.langevin import sgld as sgld
 from optax_flat._methods.local_entropy import entropy_adam as entropy_adam
 from optax_flat._methods.local_entropy import entropy_sgd as entropy_sgd
 from optax_flat._methods.local_entropy import local_entropy as local_entropy
+from optax_flat._methods.perturbation import (
+    PerturbationGradientState as PerturbationGradientState,
+)
+from optax_flat._methods.perturbation import (
+    perturbation_gradient as perturbation_gradient,
+)
+from optax_flat._methods.perturbation import perturbed_sum as perturbed_sum
 
 __version__ = _version("optax_flat")

@@ -17,6 +17,7 @@ import optax_flat
 from optax_flat._core.noise import draw
 
 WALK_MODES = ("scanned", "transparent")
+FORWARD = ("forward",)  # outputs of the model in the place of gradients
 PLAIN = ("plain",)  # one gradient per update, which stands on the params themselves
 
 
@@ -166,6 +167,41 @@ def rms_langevin_step(q: Quadratic, x, *, rate, temperature, decay, eps):
     return -rate * G * g + np.sqrt(2 * rate * temperature * G) * normals(x, 1)[0]
 
 
+def projected_gradient(q: Quadratic, x, size, spread):
+    """Mean of (difference of f along z) z / spread; f's outputs are f itself."""
+
+    def f(x):
+        return (x - q.c) @ q.H @ (x - q.c) / 2
+
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    zs = [
+        np.asarray(draw(jax.random.fold_in(key, k), jnp.asarray(x), "normal"))
+        for k in range(size)
+    ]
+    return np.mean([(f(x + spread * z) - f(x)) / spread * z for z in zs], axis=0)
+
+
+def ensemble_steps(q: Quadratic, x, updates, step_size, eps, size, spread):
+    """Displacement of the mean after some explicit updates, member by member.
+
+    The only output is f and the loss is that output, so its slope is 1.
+    """
+    key = jax.random.fold_in(jax.random.key(0), 2**32 - 1)
+    u = np.stack(
+        [
+            spread
+            * np.asarray(draw(jax.random.fold_in(key, j), jnp.asarray(x), "normal"))
+            for j in range(size)
+        ]
+    )
+    u = x + spread * (u - u.mean(axis=0))
+    for _ in range(updates):
+        f = np.array([(m - q.c) @ q.H @ (m - q.c) / 2 for m in u])
+        D = np.tile((f - f.mean()) / size, (size, 1))
+        u = u - step_size / (np.linalg.norm(D) + eps) * D @ u
+    return u.mean(axis=0) - x
+
+
 def normals(x, updates):
     """What the key 0 draws."""
     return [
@@ -180,6 +216,13 @@ LANGEVIN_BAD = [
     ({"temperature": -1.0}, ValueError, r"`temperature` must lie in \[0, inf\)"),
     ({"temperature": None}, TypeError, "`temperature` must be a float"),
     ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of 'normal'"),
+    ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
+]
+ENSEMBLE_BAD = [
+    ({"ensemble_size": 0}, ValueError, "`ensemble_size` must be an int >= "),
+    ({"ensemble_size": 2.0}, TypeError, "`ensemble_size` must be a Python int"),
+    ({"spread": 0.0}, ValueError, "`spread` must be a finite .* > 0, got 0.0"),
+    ({"spread": "wide"}, TypeError, "`spread` must be a float > 0"),
     ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
 ]
 NEGATIVE_RATE = ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in")
@@ -353,6 +396,74 @@ METHODS = [
             ),
         ],
         modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="perturbation_gradient",
+        arguments={
+            "outer": optax.sgd(0.05),
+            "ensemble_size": 4,
+            "spread": 1e-2,
+            "key": 0,
+        },
+        floats={},
+        noisy={"ensemble_size": 4},
+        off={"outer": optax.set_to_zero()},
+        off_is=optax.set_to_zero(),
+        closed_form=lambda q, x: -0.1 * projected_gradient(q, x, 3, 0.2),
+        closed_form_arguments={
+            "outer": optax.sgd(0.1),
+            "ensemble_size": 3,
+            "spread": 0.2,
+            "noise_kind": "normal",
+        },
+        bad=[
+            *ENSEMBLE_BAD,
+            ({"outer": 0.1}, TypeError, "`outer` must be an optax"),
+            ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of"),
+            ({"batch_size": 3}, ValueError, "`batch_size` must divide .* 4, got 3"),
+        ],
+        modes=FORWARD,
+        length=1,
+        keeps_floats=False,
+    ),
+    Method(
+        name="ensemble_kalman",
+        arguments={
+            "step_size": 0.2,
+            "ensemble_size": 4,
+            "spread": 0.1,
+            "key": 0,
+            "eps": 0.1,
+            "momentum": 0.5,
+            "output_noise": 0.1,
+        },
+        floats={"step_size": 0.5, "eps": 1.0, "momentum": 0.9, "output_noise": 0.3},
+        noisy={"ensemble_size": 4},
+        off={"step_size": 0.0, "momentum": 0.0},
+        off_is=optax.set_to_zero(),
+        closed_form=lambda q, x: ensemble_steps(q, x, 3, 0.3, 0.5, 5, 0.4),
+        closed_form_arguments={
+            "step_size": 0.3,
+            "eps": 0.5,
+            "ensemble_size": 5,
+            "spread": 0.4,
+            "output_noise": 0.0,
+            "momentum": 0.0,
+        },
+        closed_form_updates=3,
+        bad=[
+            *ENSEMBLE_BAD,
+            ({"step_size": -1.0}, ValueError, "`step_size` must lie in"),
+            ({"eps": -1.0}, ValueError, "`eps` must lie in"),
+            ({"momentum": 1.5}, ValueError, r"`momentum` must lie in \[0, 1\]"),
+            ({"output_noise": -1.0}, ValueError, "`output_noise` must lie in"),
+            ({"resample": 0}, ValueError, "`resample` must be an int >= 1, got 0"),
+            ({"batch_size": 3}, ValueError, "`batch_size` must divide .* 4, got 3"),
+            ({"noise_covariance": -1.0}, ValueError, "`noise_covariance` must be"),
+            ({"sharding": "members"}, TypeError, "`sharding` must be a NamedSharding"),
+        ],
+        modes=FORWARD,
         length=1,
     ),
 ]

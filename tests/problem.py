@@ -60,6 +60,16 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
 
     def one_gradient(carry, batch):
         params, state = carry
+        if mode == "forward":
+            updates, state = tx.update(
+                None,
+                state,
+                params,
+                output_fn=lambda p: loss(p, batch),
+                loss_fn=lambda output: output,
+                **extra_args,
+            )
+            return (optax.apply_updates(params, updates), state), None
         updates, state = tx.update(grad(params, batch), state, params, **extra_args)
         return (optax.apply_updates(params, updates), state), None
 

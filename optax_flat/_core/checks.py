@@ -92,6 +92,19 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
     return value
 
 
+def chunk(name: str, value: Any, size: int) -> int:
+    """How many members of an ensemble are evaluated at a time; None is all."""
+    if value is None:
+        return size
+    value = integer(name, value, 1)
+    if size % value:
+        raise ValueError(
+            f"`{name}` must divide the ensemble's size {size}, got {value}. Give a "
+            "divisor, or None to evaluate all members at once."
+        )
+    return value
+
+
 def key(value: Any) -> jax.Array:
     """A typed PRNG key from a typed key, a raw key or an int seed."""
     if isinstance(value, int | np.integer) and not isinstance(value, bool):

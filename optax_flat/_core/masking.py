@@ -19,7 +19,8 @@ def masked(
 
     `optax.masked` replaces the other leaves by placeholders, which a method in scanned
     mode would hand on to the user's loss. Here the frozen leaves are merged back before
-    `grad_fn` (or `value_fn`) sees the params, and only the selected gradients return.
+    `grad_fn` (or `value_fn`, `output_fn`) sees the params, and only the selected
+    gradients return.
 
     Unlike `optax.masked`, which passes the gradients of the other leaves through as
     updates, this one returns zeros for them: they stay where they are. To train them
@@ -57,7 +58,14 @@ def masked(
         return optax.MaskedState(inner.init(select(params, params)))
 
     def update(
-        updates, state, params=None, *, grad_fn=None, value_fn=None, **extra_args
+        updates,
+        state,
+        params=None,
+        *,
+        grad_fn=None,
+        value_fn=None,
+        output_fn=None,
+        **extra_args,
     ):
         if params is None:
             raise ValueError(
@@ -80,10 +88,14 @@ def masked(
             functions["grad_fn"] = selected_grad_fn
         if value_fn is not None:
             functions["value_fn"] = lambda point: value_fn(whole(point))
+        if output_fn is not None:
+            functions["output_fn"] = lambda point: output_fn(whole(point))
         for function in functions.values():
             function.merges_frozen = True  # scanned methods refuse placeholders else
+        # A method without gradients is given none.
+        grads: Any = None if updates is None else select(updates, params)
         selected, inner_state = inner.update(
-            select(updates, params),
+            grads,
             state.inner_state,
             select(params, params),
             **functions,

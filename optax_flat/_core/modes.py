@@ -29,6 +29,13 @@ class Evaluable(Protocol):
         ...
 
 
+@runtime_checkable
+class ForwardOnly(Protocol):
+    """An optimizer state that takes outputs of the model in the place of gradients."""
+
+    forward_passes: jax.Array
+
+
 class ScannedState(NamedTuple):
     """State of a walk in scanned mode."""
 
@@ -205,8 +212,8 @@ def scanned(
         inner, _, finite = progress
         updates, memory, skipped = walker.finish(memory, inner, finite, params)
         return updates, ScannedState(
-            _saturating_add(state.gradient_evaluations, walk.length),
-            _saturating_add(state.skipped, skipped),
+            trees.saturating_add(state.gradient_evaluations, walk.length),
+            trees.saturating_add(state.skipped, skipped),
             memory,
         )
 
@@ -304,8 +311,8 @@ def transparent(
             last, outer_update, move, memory, inner, finite, first_point, params
         )
         return updates, TransparentState(
-            _saturating_add(state.gradient_evaluations, 1),
-            _saturating_add(state.skipped, skipped),
+            trees.saturating_add(state.gradient_evaluations, 1),
+            trees.saturating_add(state.skipped, skipped),
             memory,
             jnp.where(last, 0, state.step + 1).astype(jnp.int32),
             first_point,
@@ -453,10 +460,3 @@ def _anchor(memory, first_point):
 def _difference(target, params):
     """What to add to params to stand on the target, in the params' dtype."""
     return jax.tree.map(lambda t, p: (t - p).astype(p.dtype), target, params)
-
-
-def _saturating_add(count, increment):
-    # int32 counters stay at their maximum instead of turning negative.
-    return jnp.where(
-        count > jnp.iinfo(count.dtype).max - increment, count, count + increment
-    )

@@ -60,6 +60,13 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def saturating_add(count: jax.Array, increment: Any) -> jax.Array:
+    """A counter that stays at its maximum instead of turning negative."""
+    return jnp.where(
+        count > jnp.iinfo(count.dtype).max - increment, count, count + increment
+    )
+
+
 def all_finite(tree: Any, before: Any = None) -> jax.Array:
     """True if no floating-point leaf holds NaN or infinity that was not there before.
 

@@ -15,6 +15,7 @@ def make_train_step(
     tx: optax.GradientTransformation | optax.MultiSteps,
     *,
     has_aux: bool = False,
+    output_fn: Callable[[Any, Any], Any] | None = None,
     mode: str | None = None,
     donate: bool = False,
 ) -> Callable[..., Any]:
@@ -33,6 +34,11 @@ def make_train_step(
     The optimizer also gets `value`, `grad` and `value_fn` of the first gradient, as
     `optax.contrib.reduce_on_plateau` or `optax.lbfgs` want them.
 
+    A method without gradients (`ensemble_kalman`, `perturbation_gradient`) needs the
+    model in two parts: with `output_fn` the loss is ``loss_fn(outputs, batch)``. Such
+    a method is handed both, and the gradient is not computed; any other optimizer gets
+    the gradient of the two together.
+
     Args:
       loss_fn: ``(params, batch) -> loss``, or with `has_aux` ``(params, batch, aux) ->
         (loss, aux)``, where `aux` is anything that moves along: batch statistics,
@@ -44,6 +50,8 @@ def make_train_step(
         is dropped. Typed PRNG keys (not raw ones, which look like any array) are forked
         for them, so that no two passes share one. An `aux` that became non-finite is
         dropped as well. Inside `optax.MultiSteps` every mini-step counts as an update.
+      output_fn: ``(params, batch) -> outputs``, any tree; `loss_fn` is then ``(outputs,
+        batch) -> loss``. Not together with `has_aux`.
       mode: "scanned" or "transparent" to insist on one; None reads it off the
         optimizer's state.
       donate: whether the buffers of params and optimizer state are given to the step
@@ -54,7 +62,8 @@ def make_train_step(
 
     Raises:
       ValueError: a `mode` that is unknown or not the optimizer's, batches whose leading
-        axis is not the number of gradients per update.
+        axis is not the number of gradients per update, `output_fn` missing where it is
+        needed or given beside `has_aux`.
 
     Example:
       >>> import jax.numpy as jnp, optax_flat
@@ -72,17 +81,43 @@ def make_train_step(
     """
     if mode is not None:
         checks.choice("mode", mode, modes.MODES)
+    if has_aux and output_fn is not None:
+        raise ValueError(
+            "`output_fn` and `has_aux` were both given, but outputs carry no auxiliary "
+            "state. Leave one of the two out."
+        )
     optimizer = modes.with_extra_args(tx)
 
     def loss_and_aux(params, batch, aux):
+        if output_fn is not None:
+            return loss_fn(output_fn(params, batch), batch), aux
         return loss_fn(params, batch, aux) if has_aux else (loss_fn(params, batch), aux)
 
     value_and_grad = jax.value_and_grad(loss_and_aux, has_aux=True)
+
+    def forward(params, opt_state, batch):
+        model = output_fn
+        if model is None:
+            raise ValueError(
+                "this optimizer has no gradients: it needs the outputs of the model. "
+                "Give make_train_step `output_fn=`, (params, batch) -> outputs, and a "
+                "`loss_fn` of (outputs, batch)."
+            )
+        nothing: Any = None
+        updates, opt_state = optimizer.update(
+            nothing, opt_state, params,
+            output_fn=lambda p: model(p, batch),
+            loss_fn=lambda outputs: loss_fn(outputs, batch),
+        )  # fmt: skip
+        loss, _ = loss_and_aux(params, batch, None)
+        return optax.apply_updates(params, updates), opt_state, loss
 
     def step(params, opt_state, batches, aux=None):
         walks = modes.states(opt_state, modes.ScannedState | modes.TransparentState)
         is_scanned = bool(modes.states(opt_state, modes.ScannedState))
         _check_mode(mode, is_scanned)
+        if modes.states(opt_state, modes.ForwardOnly):
+            return forward(params, opt_state, batches)
         batch = jax.tree.map(lambda x: x[0], batches) if is_scanned else batches
         # In transparent mode a pass may be inside a walk: it is given keys of its own,
         # and what it makes of aux is dropped.

@@ -1,0 +1,69 @@
+"""What the methods that only run the model forward have in common."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from optax_flat._core import trees
+
+
+def check_spread(spread: Any) -> None:
+    """A function, or a tree of positive standard deviations."""
+    if callable(spread):
+        return
+    for leaf in jax.tree.leaves(spread):
+        number = isinstance(leaf, int | float | np.number | np.ndarray | jax.Array)
+        if not number or isinstance(leaf, bool):
+            raise TypeError(
+                "`spread` must be a float > 0 or a tree of them like the params, got "
+                f"{leaf!r} of type {type(leaf).__name__}."
+            )
+        if not (np.isfinite(leaf).all() and (np.asarray(leaf) > 0).all()):
+            raise ValueError(
+                f"`spread` must be a finite standard deviation > 0, got {leaf!r}."
+            )
+
+
+def deviations_like(spread: Any, params: optax.Params) -> Any:
+    """`spread`, a tree prefix of the params, as a tree of numbers like them."""
+    try:
+        return jax.tree.broadcast(spread, params)
+    except ValueError as error:
+        raise ValueError(
+            "`spread` must be one float or a tree of floats whose structure begins "
+            f"like that of the params.\n  got:      {jax.tree.structure(spread)}\n"
+            f"  expected: {jax.tree.structure(params)}"
+        ) from error
+
+
+def check_functions(**functions: Any) -> None:
+    """The functions of these names were passed to `update`."""
+    for name, value in functions.items():
+        if not callable(value):
+            raise ValueError(
+                f"`{name}` must be passed to `update` of a method without gradients, "
+                f"got {value!r}. Call tx.update(None, opt_state, params, "
+                "output_fn=lambda params: model outputs, loss_fn=lambda outputs: "
+                "loss), or use optax_flat.training.make_train_step with `output_fn`."
+            )
+
+
+def in_dtype_of(
+    output_fn: Callable[[optax.Params], Any], params: optax.Params
+) -> Callable[[optax.Params], Any]:
+    """`output_fn` of params that are given in the accumulators' dtype."""
+    return lambda point: output_fn(trees.cast_like(point, params))
+
+
+def flat(outputs: Any, leading: int = 0) -> jax.Array:
+    """All outputs in one array of at least float32, after the leading axes."""
+    leaves = jax.tree.leaves(trees.accumulator(outputs))
+    shape = leaves[0].shape[:leading]
+    size = [math.prod(leaf.shape[leading:]) for leaf in leaves]
+    parts = [leaf.reshape(*shape, n) for leaf, n in zip(leaves, size, strict=True)]
+    return jnp.concatenate(parts, axis=-1)
