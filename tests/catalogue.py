@@ -46,7 +46,8 @@ class Method(NamedTuple):
     modes: tuple[str, ...] = WALK_MODES
     length: int = 4  # gradients per outer update, with these arguments
     closed_form_updates: int = 1
-    keeps_floats: bool = True  # whether there is any floating-point array in its state
+    # Whether its state holds floating-point numbers made of gradients and params.
+    keeps_floats: bool = True
 
     @property
     def has_key(self) -> bool:
@@ -168,36 +169,37 @@ def rms_langevin_step(q: Quadratic, x, *, rate, temperature, decay, eps):
 
 
 def projected_gradient(q: Quadratic, x, size, spread):
-    """Mean of (difference of f along z) z / spread; f's outputs are f itself."""
+    """Mean over z of (rise of f along z) z / spread, times the slope of the loss."""
 
     def f(x):
         return (x - q.c) @ q.H @ (x - q.c) / 2
 
+    slope = f(x)  # of the loss f^2 / 2
     key = jax.random.fold_in(jax.random.key(0), 0)
     zs = [
         np.asarray(draw(jax.random.fold_in(key, k), jnp.asarray(x), "normal"))
         for k in range(size)
     ]
-    return np.mean([(f(x + spread * z) - f(x)) / spread * z for z in zs], axis=0)
+    rises = [(f(x + spread * z) - f(x)) / spread for z in zs]
+    return slope * np.mean([c * z for c, z in zip(rises, zs, strict=True)], axis=0)
 
 
 def ensemble_steps(q: Quadratic, x, updates, step_size, eps, size, spread):
     """Displacement of the mean after some explicit updates, member by member.
 
-    The only output is f and the loss is that output, so its slope is 1.
+    The only output is f and the loss is f^2 / 2.
     """
     key = jax.random.fold_in(jax.random.key(0), 2**32 - 1)
     u = np.stack(
         [
-            spread
-            * np.asarray(draw(jax.random.fold_in(key, j), jnp.asarray(x), "normal"))
+            np.asarray(draw(jax.random.fold_in(key, j), jnp.asarray(x), "normal"))
             for j in range(size)
         ]
     )
     u = x + spread * (u - u.mean(axis=0))
     for _ in range(updates):
         f = np.array([(m - q.c) @ q.H @ (m - q.c) / 2 for m in u])
-        D = np.tile((f - f.mean()) / size, (size, 1))
+        D = np.outer(f, f - f.mean()) / size
         u = u - step_size / (np.linalg.norm(D) + eps) * D @ u
     return u.mean(axis=0) - x
 
@@ -401,9 +403,9 @@ METHODS = [
     Method(
         name="perturbation_gradient",
         arguments={
-            "outer": optax.sgd(0.05),
+            "outer": optax.sgd(3e-3),
             "ensemble_size": 4,
-            "spread": 1e-2,
+            "spread": 0.3,
             "key": 0,
         },
         floats={},
@@ -465,6 +467,7 @@ METHODS = [
         ],
         modes=FORWARD,
         length=1,
+        keeps_floats=False,
     ),
 ]
 

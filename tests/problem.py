@@ -41,6 +41,14 @@ class Run(NamedTuple):
     path: list[Any]
 
 
+def in_parts(loss, batch):
+    """Half the square of a loss, as methods without gradients want it."""
+    return {
+        "output_fn": lambda params: loss(params, batch),
+        "loss_fn": lambda output: output**2 / 2,
+    }
+
+
 def update(tx, mode, params, state, stack, loss=loss, **extra_args):
     """One outer update in either mode on the minibatches `stack` [L, ...]."""
     grad = jax.grad(loss)
@@ -61,14 +69,8 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
     def one_gradient(carry, batch):
         params, state = carry
         if mode == "forward":
-            updates, state = tx.update(
-                None,
-                state,
-                params,
-                output_fn=lambda p: loss(p, batch),
-                loss_fn=lambda output: output,
-                **extra_args,
-            )
+            parts = in_parts(loss, batch)
+            updates, state = tx.update(None, state, params, **parts, **extra_args)
             return (optax.apply_updates(params, updates), state), None
         updates, state = tx.update(grad(params, batch), state, params, **extra_args)
         return (optax.apply_updates(params, updates), state), None

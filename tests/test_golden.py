@@ -109,3 +109,32 @@ def test_coolmomentum(name, x64):
     if name != "no_cooling":
         assert rho[0] > 0.9
         assert (rho[60:] == 0).all()
+
+
+def test_ienk_thesis(x64):
+    """The thesis' update with its own perturbations, one training sample at a time."""
+    meta, golden = load("ienk_thesis")
+    rate = meta["config"]["learning_rate"]
+    params = {
+        name: jnp.asarray(golden[f"{name}_0"]) for name in ("W1", "b1", "W2", "b2")
+    }
+
+    @jax.jit
+    def step(params, x, y, perturbations):
+        def output_fn(p):
+            hidden = jax.nn.relu(x @ p["W1"] + p["b1"])
+            return jax.nn.softmax(hidden @ p["W2"] + p["b2"])
+
+        def loss_fn(p):  # with the gradient -y / (p + 0.005)
+            return -jnp.sum(y * jnp.log(p + 0.005))
+
+        total, _ = optax_flat.perturbed_sum(output_fn, loss_fn, params, perturbations)
+        return jax.tree.map(lambda w, t: w - rate * t, params, total)
+
+    for t in range(30):
+        drawn = {name: jnp.moveaxis(golden[f"d{name}"][t], -1, 0) for name in params}
+        params = step(params, golden["x"][t], golden["y"][t], drawn)
+        for name in ("W1", "W2"):
+            np.testing.assert_allclose(
+                params[name], golden[name][t], rtol=0, atol=1e-10
+            )
