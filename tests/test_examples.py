@@ -175,3 +175,11 @@ def test_interrupted_run_resumes_bit_for_bit(tmp_path):
     resumed = json.loads((tmp_path / "resumed.json").read_text())
     assert straight == resumed
     assert len(straight["loss"]) == 5 * len(straight["eff_loss"]) == 10
+
+
+def test_no_gradients():
+    results = load("no_gradients").main(["--smoke"])
+    for name, (run,) in results.items():
+        assert (run["moved"] == 0) == (name == "Adam, backpropagation")
+    accuracy = {name: run["accuracy"] for name, (run,) in results.items()}
+    assert accuracy["ensemble Kalman, resampled"] > accuracy["Adam, backpropagation"]

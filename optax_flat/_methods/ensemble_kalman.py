@@ -134,7 +134,7 @@ def ensemble_kalman(
 
     .. math::
         \begin{align*}
-        D_{jk} &= \tfrac{1}{J} \langle z_k - \bar z, \nabla \Phi(z_j) \rangle \
+        D_{jk} &= \tfrac{1}{J} \langle z_k - \bar z, \nabla \Phi(z_j) \rangle \\
         u_j &\leftarrow u_j - \frac{\eta}{\|D\|_F + \varepsilon}
             \sum_k D_{jk} e_k
         \end{align*}
@@ -168,7 +168,7 @@ def ensemble_kalman(
 
     *Members that fail.* A member whose outputs or loss gradient are not finite takes no
     part in the update; it is replaced by a random combination of the others and counted
-    in the state's `replaced`. If none is left the update does nothing.
+    in the state's `replaced`. With fewer than two left the update does nothing.
 
     Args:
       step_size: :math:`\eta`, >= 0. A member moves by at most :math:`\eta (\sum_k

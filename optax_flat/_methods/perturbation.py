@@ -6,7 +6,7 @@ r"""Gradients estimated by perturbing the params: forward passes only.
 
 G gives the outputs of the model and Phi is the loss of the outputs, which alone is
 differentiated: c_k is the directional derivative of the loss to first order, and E[g]
-its gradient, smoothed over the size of the perturbations.
+its gradient where G is linear over the size of the perturbations.
 
 This is what the thesis "Ensemble Kalman filter for neural networks" calls a simplified
 iterative ensemble Kalman filter. Code: diepi/Ensemble-Kalman-for-Neural-Network.
@@ -104,8 +104,8 @@ def perturbation_gradient(
 
     with K = `ensemble_size`, s = `spread` and fresh draws z_k at every update. The
     model is only run forward, so it need not be differentiable, and not even
-    continuous: the estimate is the gradient of the loss smoothed over the size of the
-    perturbations::
+    continuous: what is followed is the derivative of G smoothed over the size of the
+    perturbations, times :math:`\nabla \Phi` at its unperturbed outputs::
 
         update(None, state, params, *, output_fn, loss_fn)
 
@@ -114,8 +114,8 @@ def perturbation_gradient(
     forward passes per update (2 K + 1 if antithetic), which the state counts.
 
     The variance of the estimate is that of a random projection: of P parameters it sees
-    K directions, so its relative error is about (P / K)^(1/2). Many cheap updates on
-    small minibatches serve better than a few accurate ones.
+    K directions, so its relative error is about (P / K)^(1/2), whatever the spread and
+    the size of the minibatch.
 
     Args:
       outer: an Optax optimizer, e.g. ``optax.adam(1e-3)``.
