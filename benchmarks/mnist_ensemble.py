@@ -1,0 +1,328 @@
+"""Training without gradients on MNIST: ensembles and perturbations, by forward passes.
+
+The network of diepi/Ensemble-Kalman-for-Neural-Network, 784-128-10, here with ReLU;
+softmax cross-entropy; pixels divided by 255, minus the mean training image. SGD,
+Nesterov and Adam have gradients, the others run the model forward only:
+
+* thesis: the rule of that code, plain SGD on a gradient estimated with K = 10 normal
+  perturbations of Glorot's size and with its learning rate 0.001. The code takes one
+  image at a time, 600,000 updates; here it is 10 images and the sum of their steps.
+* adam_perturbation_cheap: Adam on such an estimate, random signs, with no more forward
+  passes than the thesis spent (11 per image).
+* adam_perturbation: the same with K = 50, in as many updates.
+* eki: ensemble Kalman inversion. The members persist, so that the params never leave
+  the span of the first ones: it is training in a random subspace, whose dimension is
+  the ensemble size less one. The output layer has a larger spread than the hidden one,
+  because a subspace covers most of its 1290 params. eki_momentum extrapolates with
+  k / (k + 3); eki_resampled draws new members at every update and so has no span.
+
+All rates fall to 0 by a cosine. The costs: `forward_passes` counts images, each once
+for every model that was run on it, and `gradient_evaluations` counts minibatches. The
+picture puts both on one axis, a gradient of one image like a forward pass. The rates
+and spreads come from a few short runs with a seed that is not used here, judged on the
+test images: with three or four values per method, that flatters none by much.
+
+    python benchmarks/mnist_ensemble.py --data mnist.npz --out out/mnist_ensemble
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from harness import (
+    COLOURS,
+    Images,
+    Row,
+    Rows,
+    load_images,
+    parser,
+    random_images,
+    table,
+)
+
+import optax_flat
+from optax_flat.training import make_train_step
+
+PIXELS, CLASSES = 784, 10
+POINTS = 20  # of the curves
+WITH_GRADIENTS = ("sgd", "nesterov", "adam")
+GREYS = ("#bbbbbb", "#888888", "#444444")
+MEASURES = ("accuracy_percent", "test_loss", "forward_passes")
+
+
+class Sizes(NamedTuple):
+    """What a smoke run makes smaller."""
+
+    budget: float = 1.0  # the part of a method's epochs that is spent
+    width: int = 128
+    most: int = 10_000  # no more members or perturbations than this
+
+
+SMOKE = Sizes(0.01, 4, 4)
+
+
+class Method(NamedTuple):
+    """An optimizer and its minibatches."""
+
+    make: Callable[[Sizes, int, jax.Array], optax.GradientTransformation]
+    batch: int
+    epochs: float = 10.0
+
+
+def falling(rate: float, updates: int) -> optax.Schedule:
+    """The rate of an update, from the number of all of them."""
+    return optax.cosine_decay_schedule(rate, updates)
+
+
+def sgd(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
+    """Without momentum."""
+    del sizes, key
+    return optax.sgd(falling(0.1, updates))
+
+
+def nesterov(
+    sizes: Sizes, updates: int, key: jax.Array
+) -> optax.GradientTransformation:
+    """Momentum 0.9."""
+    del sizes, key
+    return optax.sgd(falling(0.1, updates), 0.9, nesterov=True)
+
+
+def adam(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
+    """Adam with its usual moments."""
+    del sizes, key
+    return optax.adam(falling(1e-3, updates))
+
+
+def thesis(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
+    """W <- W - 0.001 sum_k c_k dW_k, summed over the images of the minibatch."""
+    del updates
+    size = min(10, sizes.most)
+    variance = {
+        "hidden": 2 / (PIXELS + sizes.width),
+        "output": 2 / (sizes.width + CLASSES),
+    }
+    batch = METHODS["thesis"].batch
+    layers = {
+        layer: optax.sgd(0.001 * batch * size * square)
+        for layer, square in variance.items()
+    }
+    return optax_flat.perturbation_gradient(
+        optax.partition(layers, {layer: layer for layer in layers}),
+        ensemble_size=size,
+        spread={layer: square**0.5 for layer, square in variance.items()},
+        noise_kind="normal",
+        batch_size=chunk(size, 2),
+        key=key,
+    )
+
+
+def adam_perturbation(size: int, rate: float):
+    """Adam on the gradient that `size` perturbations estimate."""
+
+    def make(sizes, updates, key):
+        return optax_flat.perturbation_gradient(
+            optax.adam(falling(rate, updates)),
+            ensemble_size=min(size, sizes.most),
+            spread=0.01,
+            batch_size=2,  # these stay in a core's cache
+            key=key,
+        )
+
+    return make
+
+
+def eki(size: int, step_size: float, **options: Any):
+    """Ensemble Kalman inversion with `size` members."""
+
+    def make(sizes, updates, key):
+        return optax_flat.ensemble_kalman(
+            falling(step_size, updates),
+            ensemble_size=min(size, sizes.most),
+            spread={"hidden": 0.002, "output": 0.03},
+            key=key,
+            **options,
+        )
+
+    return make
+
+
+METHODS = {
+    "sgd": Method(sgd, 50),
+    "nesterov": Method(nesterov, 50),
+    "adam": Method(adam, 50),
+    "thesis": Method(thesis, 10),
+    "adam_perturbation_cheap": Method(adam_perturbation(10, 1e-3), 10),
+    "adam_perturbation": Method(adam_perturbation(50, 1e-3), 10),
+    "eki": Method(eki(400, 10.0), 200, 0.5),
+    "eki_momentum": Method(
+        eki(400, 10.0, momentum=lambda count: count / (count + 3)), 200, 0.5
+    ),
+    "eki_resampled": Method(eki(400, 10.0, resample=1), 200, 0.5),
+}
+
+
+def chunk(size: int, most: int) -> int:
+    """The largest divisor of `size` that is at most `most`."""
+    return max(n for n in range(1, most + 1) if size % n == 0)
+
+
+def initial(key: jax.Array, width: int) -> Any:
+    """Normal kernels of variance 2 and 1 over the number of inputs; no biases."""
+
+    def layer(key, inputs, outputs, variance):
+        kernel = jax.random.normal(key, (inputs, outputs)) * variance**0.5
+        return {"kernel": kernel, "bias": jnp.zeros(outputs)}
+
+    hidden_key, output_key = jax.random.split(key)
+    return {
+        "hidden": layer(hidden_key, PIXELS, width, 2 / PIXELS),
+        "output": layer(output_key, width, CLASSES, 1 / width),
+    }
+
+
+def output_fn(params, batch):
+    """Logits [B, 10] of centred images [B, 784]."""
+    hidden, output = params["hidden"], params["output"]
+    x = jax.nn.relu(batch[0] @ hidden["kernel"] + hidden["bias"])
+    return x @ output["kernel"] + output["bias"]
+
+
+def loss_fn(logits, batch):
+    """Mean cross-entropy."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
+
+
+@jax.jit
+def evaluate(params, images, labels):
+    """Mean loss, and accuracy in percent."""
+    logits = output_fn(params, (images, labels))
+    right = jnp.argmax(logits, axis=-1) == labels
+    return loss_fn(logits, (images, labels)), 100.0 * right.mean()
+
+
+def centred(images: Images) -> Images:
+    """Rows of floats: pixels over 255, minus the mean training image."""
+    train, test = (
+        x.reshape(-1, PIXELS).astype(np.float32) / 255
+        for x in (images.train_images, images.test_images)
+    )
+    mean = train.mean(axis=0)
+    return images._replace(train_images=train - mean, test_images=test - mean)
+
+
+def train(method: Method, images: Images, sizes: Sizes, *, seed: int) -> Row:
+    """One run on centred images."""
+    init_key, noise_key, order_key = jax.random.split(jax.random.key(seed), 3)
+    count = len(images.train_images)
+    seen = method.epochs * sizes.budget * count
+    between = max(1, int(seen / method.batch / POINTS))  # updates from point to point
+    updates = between * POINTS
+    # Permutations one after the other, cut into minibatches.
+    epochs = -(-updates * method.batch // count)
+    keys = jax.random.split(order_key, epochs)
+    order = jax.vmap(lambda key: jax.random.permutation(key, count))(keys).ravel()
+    order = order[: updates * method.batch].reshape(POINTS, between, method.batch)
+
+    data = jax.device_put(images)
+    params = initial(init_key, sizes.width)
+    tx = method.make(sizes, updates, noise_key)
+    step = make_train_step(loss_fn, tx, output_fn=output_fn)
+
+    def spend(state, order, images, labels):
+        def body(state, index):
+            params, opt_state, _ = step(*state, (images[index], labels[index]))
+            return (params, opt_state), None
+
+        return jax.lax.scan(body, state, order)[0]
+
+    state = (params, tx.init(params))
+    training = (data.train_images, data.train_labels)
+    lowered = jax.jit(spend, donate_argnums=0).lower(state, order[0], *training)
+    run = lowered.compile()
+
+    seconds, times, accuracies, loss = 0.0, [], [], np.inf
+    for part in order:
+        start = time.perf_counter()
+        state = jax.block_until_ready(run(state, part, *training))
+        seconds += time.perf_counter() - start
+        loss, accuracy = evaluate(state[0], data.test_images, data.test_labels)
+        times.append(seconds)
+        accuracies.append(float(accuracy))
+    passes = int(optax.tree.get(state[1], "forward_passes", 0))
+    return {
+        "gradient_evaluations": 0 if passes else updates,
+        "forward_passes": passes * method.batch,
+        "seconds": seconds,
+        "accuracy_percent": accuracies[-1],
+        "test_loss": float(loss),
+        "updates": updates,
+        "accuracies_percent": accuracies,  # at equal distances, with their times
+        "times": times,
+    }
+
+
+def picture(rows: Iterable[Row], path: Path) -> None:
+    """Test accuracy against evaluations of single images and against seconds."""
+    rows = list(rows)
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9, 4.2), layout="constrained", sharey=True
+    )
+    free = [name for name in METHODS if name not in WITH_GRADIENTS]
+    styles = dict(zip(WITH_GRADIENTS, [(c, "--") for c in GREYS], strict=True))
+    styles |= {name: (c, "-") for name, c in zip(free, COLOURS, strict=False)}
+    for name, (colour, line) in styles.items():
+        runs = [row for row in rows if row["method"] == name]
+        if not runs:
+            continue
+        accuracies = np.array([row["accuracies_percent"] for row in runs])
+        mean = accuracies.mean(axis=0)
+        deviation = accuracies.std(axis=0, ddof=1) if len(runs) > 1 else 0.0 * mean
+        spent = runs[0]["forward_passes"]
+        spent = spent or runs[0]["gradient_evaluations"] * METHODS[name].batch
+        passes = np.linspace(0, spent, POINTS + 1)[1:]
+        seconds = np.mean([row["times"] for row in runs], axis=0)
+        for axis, x in zip(axes, (passes, seconds), strict=True):
+            label = name.replace("_", "-") if axis is axes[0] else None
+            axis.plot(x, mean, line, color=colour, label=label)
+            low, high = mean - deviation, mean + deviation
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    for axis, label in zip(axes, ("images evaluated", "seconds"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        axis.grid(axis="y", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test accuracy, %")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Runs what is missing, then writes table and picture."""
+    options_of = parser(__doc__, METHODS, seeds=2, out="out/mnist_ensemble", data=True)
+    options = options_of.parse_args()
+    sizes = SMOKE if options.smoke else Sizes()
+    if options.smoke and options.data is None:
+        images, data = random_images((28, 28), 600, 50), "random"
+    else:
+        images, data = load_images(options.data), options.data.name
+    images = centred(images)
+    budgets = {name: [method.batch, method.epochs] for name, method in METHODS.items()}
+    rows = Rows(options.out, {**sizes._asdict(), "data": data, "budgets": budgets})
+    for name, seed in rows.pending(options.methods, range(options.seeds)):
+        rows.record(name, seed, train(METHODS[name], images, sizes, seed=seed))
+    text = table(rows, MEASURES)
+    (options.out / "table.md").write_text(text)
+    print(text)
+    picture(rows, options.out / "mnist_ensemble.png")
+
+
+if __name__ == "__main__":
+    main()
