@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 from tqdm.auto import tqdm
 
@@ -145,6 +146,26 @@ def _summary(values: Sequence[float]) -> str:
         return f"{mean:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+def bars(rows: Iterable[Row], measure: str, label: str, path: Path) -> None:
+    """A bar per method: the mean of a ratio over the seeds, with its deviation."""
+    by_method: dict[str, list[float]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row[measure])
+    names = list(by_method)[::-1]
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    axes.barh(
+        names,
+        [np.mean(by_method[name]) for name in names],
+        xerr=[np.std(by_method[name]) for name in names],
+        color=COLOURS[0],
+    )
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xlabel(label)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
 
 
 class Images(NamedTuple):

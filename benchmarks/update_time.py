@@ -18,15 +18,13 @@ the end.
 import time
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import COLOURS, Row, Rows, parser, table
+from harness import Row, Rows, bars, parser, table
 
 import optax_flat
 
@@ -112,25 +110,6 @@ def _row(name: str, seconds: dict[str, np.ndarray], params: Any) -> Row:
     }
 
 
-def picture(rows: Iterable[Row], path: Path) -> None:
-    """Bars of the ratios to SGD with momentum."""
-    rows = list(rows)
-    names = list(dict.fromkeys(row["method"] for row in rows))
-    ratios = [
-        [row["ratio_to_sgd_momentum"] for row in rows if row["method"] == name]
-        for name in names
-    ]
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    means = [np.mean(of_method) for of_method in ratios]
-    errors = [np.std(of_method) for of_method in ratios]
-    axes.barh(names[::-1], means[::-1], xerr=errors[::-1], color=COLOURS[0])
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_xlabel("time of an update / that of SGD with momentum")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
-
-
 def main() -> None:
     """Runs what is missing, then writes table and picture."""
     options_of = parser(
@@ -148,7 +127,8 @@ def main() -> None:
     text = table(rows, MEASURES)
     (options.out / "table.md").write_text(text)
     print(text)
-    picture(rows, options.out / "update_time.png")
+    label = "time of an update / that of SGD with momentum"
+    bars(rows, "ratio_to_sgd_momentum", label, options.out / "update_time.png")
 
 
 if __name__ == "__main__":

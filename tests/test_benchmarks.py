@@ -24,6 +24,8 @@ METHODS = {
     "mnist_mlp": ["sgd", "adam", "entropy_sgd", "entropy_adam"],
     "cifar_resnet20": ["coolmomentum_linear", "entropy_sgd"],
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
+    "ensemble_time": ["ensemble_kalman", "perturbation_gradient"],
+    "mnist_ensemble": ["adam_perturbation", "eki"],
 }
 
 

@@ -80,6 +80,14 @@ class _Members(NamedTuple):
         mean = jax.tree.map(lambda x: x / self.size, self.sum(tree))
         return mean, jax.tree.map(lambda x, m: x - m, tree, mean)
 
+    def weighted_sum(self, weights, tree):
+        """sum_k weights[k] member k, for weights [all members]."""
+        own = weights
+        if self.axis is not None:
+            own = weights[self.indices()]
+        total = jax.tree.map(lambda x: jnp.tensordot(own, x, axes=1), tree)
+        return total if self.axis is None else jax.lax.psum(total, self.axis)
+
     def combine(self, weights, tree):
         """sum_k weights[:, k] member k, for weights [members here, all members]."""
         if self.axis is None:
@@ -313,10 +321,9 @@ def _transformation(
                 lambda deviation: evaluated(optax.tree.add(v, deviation)), e, batch_size
             )
             weights, healthy = weigh(members, update_key, state.count, outputs)
-            after = _move(members, update_key, start, weights, healthy)
-            usable = members.sum(healthy.astype(jnp.int32)) > 1
-            usable &= members.sum(jnp.logical_not(_finite(weights))) == 0
-            after = trees.where(usable, after, before)
+            after = _move(
+                members, update_key, start, before, weights=weights, healthy=healthy
+            )
             if resample is not None:
                 due = (state.count + 1) % resample == 0
                 fresh_key = jax.random.fold_in(update_key, _FRESH)
@@ -442,9 +449,8 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
     return weigh
 
 
-def _move(members, key, start, weights, healthy):
+def _move(members, key, start, before, *, weights, healthy):
     """Mean and deviations after every member took its combination of deviations."""
-    v, e = start
     indices = members.indices()
     step = jax.nn.one_hot(indices, members.size, dtype=weights.dtype) + weights
 
@@ -456,13 +462,29 @@ def _move(members, key, start, weights, healthy):
     alive = jnp.maximum(members.sum(healthy.astype(weights.dtype)), 1.0)
     others = jax.vmap(mixture)(indices) * members.all(healthy) / jnp.sqrt(alive)
     step = jnp.where(healthy[:, None], step, others)
+    # The mean of the combinations moves the params, the rest is the new deviations.
+    mean = members.sum(step) / members.size
 
-    def without_failed(leaf):
-        return jnp.where(healthy.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0.0)
+    def move(start, before):
+        v, e = start
+        shift = members.weighted_sum(mean, e)
+        return optax.tree.add(v, shift), members.combine(step - mean, e)
 
-    moved = members.combine(step, jax.tree.map(without_failed, e))
-    shift, e = members.center(moved)
-    return optax.tree.add(v, shift), e
+    def move_without_failed(start, before):
+        v, e = start
+
+        def zero_failed(leaf):  # a weight of 0 does not stop NaN
+            return jnp.where(healthy.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0.0)
+
+        return move((v, jax.tree.map(zero_failed, e)), before)
+
+    failed = members.sum(jnp.logical_not(healthy).astype(jnp.int32))
+    unusable = members.sum(jnp.logical_not(_finite(step)).astype(jnp.int32)) > 0
+    unusable |= members.size - failed < 2
+    # Branches, not selections: a pass over all members costs as much as a product.
+    case = jnp.where(unusable, 2, jnp.where(failed > 0, 1, 0))
+    branches = [move, move_without_failed, lambda start, before: before]
+    return jax.lax.switch(case, branches, start, before)
 
 
 def _finite(rows):
