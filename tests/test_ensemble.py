@@ -1,5 +1,7 @@
 """Ensemble Kalman inversion and perturbation gradients beyond the contract."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -287,9 +289,140 @@ def test_momentum_is_nesterov(x64):
         z = v @ A.T
         D = (z - Y) @ (z - z.mean(0)).T / 5
         old, u = u, v - step / (np.linalg.norm(D) + eps) * D @ (v - v.mean(0))
-        assert np.abs(D.sum(axis=1)).max() < 1e-10
     found, state = run(tx, x, 4, **LEAST_SQUARES)
     np.testing.assert_allclose(found + state.deviations, u, rtol=0, atol=1e-12)
+
+
+def test_only_members_matter(x64):
+    """Not how they are split into params and deviations: the rows of D sum to 0."""
+    tx = optax_flat.ensemble_kalman(1.0, ensemble_size=5, spread=1.0, eps=0.5, key=0)
+    x = jnp.asarray(RNG.normal(size=4))
+    state, shift = tx.init(x), jnp.array([0.3, -1.0, 2.0, 0.1])
+    moved = state._replace(deviations=state.deviations + shift)
+    members = []
+    for start, start_state in ((x, state), (x - shift, moved)):
+        updates, after = tx.update(None, start_state, start, **LEAST_SQUARES)
+        members.append(start + updates + after.deviations)
+    assert_close(*members, jnp.float64)
+
+
+def test_small_noise_in_float32():
+    """The implicit form keeps its digits where a normal matrix would lose them."""
+    operator = jnp.asarray(RNG.normal(size=(300, 20)), jnp.float32)
+    truth = jnp.asarray(RNG.normal(size=20), jnp.float32)
+    tx = optax_flat.ensemble_kalman(
+        ensemble_size=50, spread=3.0, noise_covariance=1e-6, key=0
+    )
+    x, state = run(
+        tx, jnp.zeros(20), 3,
+        output_fn=lambda x: operator @ x, target=operator @ truth,
+    )  # fmt: skip
+    assert int(state.replaced) == 0
+    assert float(jnp.abs(x - truth).max()) < 1e-2
+
+
+def test_large_outputs_do_not_overflow():
+    """Entries of D whose squares are beyond float32."""
+    tx = optax_flat.ensemble_kalman(1.0, ensemble_size=6, spread=1.0, eps=0.0, key=0)
+    x = jnp.ones(4)
+    plain = tx.update(None, tx.init(x), x, **LEAST_SQUARES)[0]
+    scaled = tx.update(
+        None, tx.init(x), x,
+        output_fn=lambda x: 1e10 * linear(x), loss_fn=lambda z: misfit(z / 1e10) * 1e15,
+    )[0]  # fmt: skip
+    assert_close(scaled, plain, factor=10)
+
+
+def test_replaced_members_join_the_others(x64):
+    """In the mean, a new member stands where the healthy ones went, as wide as they."""
+    size = 400
+    tx = optax_flat.ensemble_kalman(
+        0.5, ensemble_size=size, spread=1.0, noise_covariance=1.0, key=3
+    )
+    x = jnp.zeros(4)
+    state = tx.init(x)
+
+    def half(x):
+        return jnp.where(x[0] > 0, jnp.nan, linear(x))
+
+    updates, after = tx.update(None, state, x, output_fn=half, target=jnp.asarray(Y))
+    members = np.asarray(x + updates + after.deviations)
+    failed = np.asarray(state.deviations[:, 0] > 0)
+    assert int(after.replaced) == failed.sum() > size / 3
+    healthy, new = members[~failed], members[failed]
+    error = np.sqrt(np.diag(np.cov(healthy.T)) / len(new))
+    assert (np.abs(new.mean(0) - healthy.mean(0)) < 5 * error).all()
+    ratio = np.cov(new.T) / np.cov(healthy.T)
+    assert (np.abs(np.diag(ratio) - 1) < 5 * np.sqrt(2 / len(new)) + 0.1).all()
+
+
+def test_replaced_members_have_no_velocity():
+    def sometimes(x):
+        return jnp.where(x[0] > bad_above, jnp.nan, linear(x))
+
+    tx = optax_flat.ensemble_kalman(
+        1.0, ensemble_size=8, spread=1.0, eps=0.5, momentum=0.9, key=0
+    )
+    x = jnp.zeros(4)
+    state = tx.init(x)
+    highest = np.sort(state.deviations[:, 0])
+    bad_above = (highest[-1] + highest[-2]) / 2
+    updates, after = tx.update(None, state, x, output_fn=sometimes, loss_fn=misfit)
+    assert int(after.replaced) == 1
+    assert_close(after.previous, (x + updates, after.deviations))
+
+
+def test_output_noise_differs_between_shards():
+    """Examples on different devices are perturbed independently."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = optax_flat.ensemble_kalman(
+        ensemble_size=4, spread=0.5, output_noise=1.0, output_axis_name="data", key=0
+    )
+    seen = []
+
+    def loss_fn(z):
+        jax.debug.callback(lambda z: seen.append(np.asarray(z)), z)
+        return jnp.mean(z**2)
+
+    def update(x, inputs):
+        return tx.update(
+            None, tx.init(x), x, output_fn=lambda p: 0.0 * inputs @ p, loss_fn=loss_fn
+        )[0]
+
+    P = jax.sharding.PartitionSpec
+    spread_out = jax.shard_map(
+        update, mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False
+    )
+    jax.jit(spread_out)(jnp.ones(4), jnp.ones((8, 4)))
+    jax.effects_barrier()
+    assert len(np.unique(np.concatenate([np.ravel(z) for z in seen]))) == 32
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_low_precision_params_under_x64(dtype, x64):
+    """float64 outputs, spreads and rates leave state and updates as they were."""
+    x = {"a": jnp.ones(3, dtype), "b": jnp.ones((), jnp.float32)}
+
+    def output_fn(p):
+        return (p["a"] * p["b"]).astype(jnp.float64) * np.arange(3.0)
+
+    for tx in (
+        optax_flat.ensemble_kalman(
+            lambda t: jnp.asarray(0.5, float), ensemble_size=4, spread=np.sqrt(0.1),
+            momentum=lambda t: jnp.asarray(0.5, float), key=0,
+        ),
+        optax_flat.perturbation_gradient(
+            optax.adam(0.1), ensemble_size=4, spread=np.sqrt(0.1), key=0
+        ),
+    ):  # fmt: skip
+        state = tx.init(x)
+        updates, after = tx.update(
+            None, state, x, output_fn=output_fn, loss_fn=lambda z: jnp.sum(z**2)
+        )
+        types = [jax.tree.map(lambda leaf: leaf.dtype, t) for t in (state, after)]
+        assert types[0] == types[1]
+        assert updates["a"].dtype == dtype
+        assert updates["b"].dtype == jnp.float32
 
 
 def test_failed_members_do_no_harm():
@@ -323,13 +456,17 @@ def test_all_members_fail():
     assert_equal(after.deviations, state.deviations)
     assert int(after.replaced) == 4
     gradient = optax_flat.perturbation_gradient(
-        optax.sgd(1.0), ensemble_size=4, spread=1.0, key=0
+        optax.adam(1.0), ensemble_size=4, spread=1.0, key=0
+    )
+    _, state = gradient.update(
+        None, gradient.init(x), x, output_fn=lambda p: p, loss_fn=jnp.sum
     )
     updates, after = gradient.update(
-        None, gradient.init(x), x,
+        None, state, x,
         output_fn=lambda p: jnp.where(p == x, p, jnp.nan), loss_fn=jnp.sum,
     )  # fmt: skip
-    assert_equal(updates, jnp.zeros(4))
+    assert_equal(updates, jnp.zeros(4))  # although Adam has momentum
+    assert_equal(after.outer_state, state.outer_state)
     assert int(after.replaced) == 4
 
 
@@ -346,13 +483,12 @@ def test_initializer_function():
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
-@pytest.mark.parametrize("momentum", [0.0, 0.7])
-def test_sharded_ensemble(momentum):
+def test_sharded_ensemble():
     """Two members a device: as on one device, and nowhere the full ensemble."""
     mesh = jax.make_mesh((8,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("members"))
     settings = {
-        "ensemble_size": 16, "spread": 0.5, "eps": 0.1, "momentum": momentum,
+        "ensemble_size": 16, "spread": 0.5, "eps": 0.1, "momentum": 0.7,
         "output_noise": 0.1, "resample": 3, "key": 0,
     }  # fmt: skip
     x = {"w": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32), "b": jnp.zeros(5)}
@@ -372,6 +508,8 @@ def test_sharded_ensemble(momentum):
     assert int(state.replaced) == int(state_here.replaced) > 0
     for leaf in jax.tree.leaves(state.deviations):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+    old = state.previous[1]["w"]
+    assert old.sharding.shard_shape(old.shape)[0] == 2
     state = spread_out.init(x)
     program = (
         jax.jit(lambda s, x: spread_out.update(None, s, x, **functions))
@@ -380,7 +518,10 @@ def test_sharded_ensemble(momentum):
         .as_text()
     )
     assert "f32[2,4,5]" in program
-    assert "f32[16,4,5]" not in program
+    first = jax.jit(spread_out.init).lower(x).compile().as_text()
+    for text in (program, first):
+        full = re.findall(r"f32\[(?:16,4,5|16,20|20,16|320|16,1,4,5)\]", text)
+        assert not full
 
 
 def test_outputs_spread_over_devices():
@@ -401,11 +542,13 @@ def test_outputs_spread_over_devices():
         )[0]  # fmt: skip
 
     P = jax.sharding.PartitionSpec
-    shared = jax.shard_map(
+    spread_out = jax.shard_map(
         lambda x, inputs: update(tx, x, inputs),
         mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False,
-    )(x, inputs)  # fmt: skip
-    assert_close(shared, update(alone, x, inputs), factor=10)
+    )  # fmt: skip
+    shared = jax.jit(spread_out)(x, inputs)
+    whole = jax.jit(lambda x: update(alone, x, inputs))(x)
+    assert_close(shared, whole, factor=10)
     assert float(jnp.abs(shared).max()) > 1e-2
 
 
@@ -417,8 +560,13 @@ def test_masked_merges_the_frozen_leaves():
         return params["a"] * params["b"]
 
     params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, -1.0])}
+
+    def member(key):
+        return jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape), params)
+
     for tx in (
         optax_flat.ensemble_kalman(ensemble_size=4, spread=0.1, key=0),
+        optax_flat.ensemble_kalman(ensemble_size=4, spread=member, key=0),
         optax_flat.perturbation_gradient(
             optax.sgd(0.1), ensemble_size=4, spread=0.1, key=0
         ),
@@ -502,6 +650,16 @@ def test_other_errors():
         optax_flat.ensemble_kalman(
             ensemble_size=4, spread=0.1, noise_covariance=1.0, output_axis_name="d",
             key=0,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="Use optax_flat.masked"):
+        masked = optax.masked(
+            optax_flat.ensemble_kalman(ensemble_size=4, spread=0.1, key=0),
+            {"a": True, "b": False},
+        )
+        params = {"a": x, "b": x}
+        masked.update(
+            optax.tree.zeros_like(params), masked.init(params), params,
+            output_fn=lambda p: p["a"] + p["b"], loss_fn=jnp.sum,
         )  # fmt: skip
     with pytest.raises(ValueError, match="positive definite"):
         optax_flat.ensemble_kalman(

@@ -10,12 +10,11 @@ import numpy as np
 import optax
 
 from optax_flat._core import trees
+from optax_flat._core.modes import states
 
 
 def check_spread(spread: Any) -> None:
-    """A function, or a tree of positive standard deviations."""
-    if callable(spread):
-        return
+    """A tree of positive standard deviations."""
     for leaf in jax.tree.leaves(spread):
         number = isinstance(leaf, int | float | np.number | np.ndarray | jax.Array)
         if not number or isinstance(leaf, bool):
@@ -41,8 +40,8 @@ def deviations_like(spread: Any, params: optax.Params) -> Any:
         ) from error
 
 
-def check_functions(**functions: Any) -> None:
-    """The functions of these names were passed to `update`."""
+def check_functions(params: Any, **functions: Any) -> None:
+    """The functions of these names were passed to `update`, and can use the params."""
     for name, value in functions.items():
         if not callable(value):
             raise ValueError(
@@ -51,6 +50,12 @@ def check_functions(**functions: Any) -> None:
                 "output_fn=lambda params: model outputs, loss_fn=lambda outputs: "
                 "loss), or use optax_flat.training.make_train_step with `output_fn`."
             )
+    hidden = states(params, optax.MaskedNode)
+    if hidden and not hasattr(functions["output_fn"], "merges_frozen"):
+        raise ValueError(
+            "the params hold optax.MaskedNode placeholders that `output_fn` cannot "
+            "use. Use optax_flat.masked instead of optax.masked or optax.partition."
+        )
 
 
 def in_dtype_of(

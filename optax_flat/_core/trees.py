@@ -1,5 +1,6 @@
 """Pytree helpers: dtypes, copies, norms and selections."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,18 @@ def cast_like(tree: Any, like: Any) -> Any:
         return leaf if is_key(partner) else jnp.asarray(leaf, partner.dtype)
 
     return jax.tree.map(cast, tree, like)
+
+
+def select_like(tree: Any, like: Any) -> Any:
+    """`tree` in the dtypes of `like`, with its masked leaves masked."""
+
+    def is_masked(leaf):
+        return isinstance(leaf, optax.MaskedNode)
+
+    def select(partner, leaf):
+        return partner if is_masked(partner) else jnp.asarray(leaf, partner.dtype)
+
+    return jax.tree.map(select, like, tree, is_leaf=is_masked)
 
 
 def concrete(tree: Any) -> Any:
@@ -92,7 +105,7 @@ def all_finite(tree: Any, before: Any = None) -> jax.Array:
 def vdot(a: Any, b: Any) -> jax.Array:
     """Inner product over the whole tree, summed in at least float32."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), accumulator(a), accumulator(b))
-    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+    return functools.reduce(jnp.add, jax.tree.leaves(products) or [jnp.zeros(())])
 
 
 def norm(tree: Any) -> jax.Array:

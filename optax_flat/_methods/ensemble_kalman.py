@@ -75,6 +75,10 @@ class _Members(NamedTuple):
         total = jax.tree.map(lambda x: jnp.sum(x, axis=0, dtype=x.dtype), tree)
         return total if self.axis is None else jax.lax.psum(total, self.axis)
 
+    def largest(self, value):
+        """The largest of one number from each device."""
+        return value if self.axis is None else jax.lax.pmax(value, self.axis)
+
     def center(self, tree):
         """The mean over all members, and what is left without it."""
         mean = jax.tree.map(lambda x: x / self.size, self.sum(tree))
@@ -175,8 +179,9 @@ def ensemble_kalman(
     updates.
 
     *Members that fail.* A member whose outputs or loss gradient are not finite takes no
-    part in the update; it is replaced by a random combination of the others and counted
-    in the state's `replaced`. With fewer than two left the update does nothing.
+    part in the update; it is drawn anew with the mean and the covariance of the others,
+    and counted in the state's `replaced`. With fewer than two left, or if the weights
+    of the combinations overflow, the update does nothing.
 
     Args:
       step_size: :math:`\eta`, >= 0. A member moves by at most :math:`\eta (\sum_k
@@ -244,7 +249,8 @@ def ensemble_kalman(
     """
     checks.number("step_size", step_size, 0.0)
     ensemble_size = checks.integer("ensemble_size", ensemble_size, 2)
-    ensembles.check_spread(spread)
+    if not callable(spread):
+        ensembles.check_spread(spread)
     checks.number("eps", eps, 0.0)
     checks.number("momentum", momentum, 0.0, 1.0)
     checks.number("output_noise", output_noise, 0.0)
@@ -253,6 +259,7 @@ def ensemble_kalman(
     members = _members(ensemble_size, sharding)
     batch_size = checks.chunk("batch_size", batch_size, ensemble_size // members.shards)
     _check_covariance(noise_covariance, output_axis_name)
+    _check_axes(output_axis_name, sharding)
     numbers = {"step_size": step_size, "output_noise": output_noise}
 
     def weights_of(loss_fn, target):
@@ -304,7 +311,7 @@ def _transformation(
     ):
         del updates, extra_args
         checks.float_params(params)
-        ensembles.check_functions(output_fn=output_fn)
+        ensembles.check_functions(params, output_fn=output_fn)
         evaluated = ensembles.in_dtype_of(output_fn, params)
         weigh = weights_of(loss_fn, target)
 
@@ -316,19 +323,21 @@ def _transformation(
                 start = jax.tree.map(
                     lambda u, old: u + beta * (u - old), start, state.previous
                 )
+                start = trees.cast_like(start, before)
             v, e = start
             outputs = _evaluate(
                 lambda deviation: evaluated(optax.tree.add(v, deviation)), e, batch_size
             )
             weights, healthy = weigh(members, update_key, state.count, outputs)
-            after = _move(
+            after, failed = _move(
                 members, update_key, start, before, weights=weights, healthy=healthy
             )
             if resample is not None:
                 due = (state.count + 1) % resample == 0
                 fresh_key = jax.random.fold_in(update_key, _FRESH)
                 after, before = _redrawn(fresh, fresh_key, due, after, before)
-            failed = members.sum(jnp.logical_not(healthy).astype(jnp.int32))
+            if extrapolates:  # a member that was replaced has no velocity
+                before = trees.where(failed > 0, after, before)
             x, e = after
             return x, EnsembleKalmanState(
                 jnp.asarray(optax.safe_increment(state.count)),
@@ -353,9 +362,10 @@ def _fresh(members, spread, key, x):
     def member(index):
         member_key = jax.random.fold_in(key, index)
         if callable(spread):
-            return trees.cast_like(spread(member_key), x)
+            return trees.select_like(spread(member_key), x)
         s = ensembles.deviations_like(spread, x)
-        return jax.tree.map(jnp.multiply, s, draw(member_key, x, "normal"))
+        drawn = jax.tree.map(jnp.multiply, s, draw(member_key, x, "normal"))
+        return trees.cast_like(drawn, x)
 
     return members.center(jax.vmap(member)(members.indices()))[1]
 
@@ -395,11 +405,15 @@ def _on_devices(fn, sharding, in_specs, out_specs):
 
 def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
     """The explicit form."""
-    ensembles.check_functions(loss_fn=loss_fn)
+    ensembles.check_functions((), loss_fn=loss_fn)
 
     def weigh(members, key, count, outputs):
         z, healthy = _flat_outputs(outputs)
-        noise = _output_noise(members, key, z, at(output_noise, count))
+        noise_key = key
+        if output_axis_name is not None:  # other examples, other noise
+            place = jax.lax.axis_index(output_axis_name)
+            noise_key = jax.random.fold_in(key, place)
+        noise = _output_noise(members, noise_key, z, at(output_noise, count))
 
         def slope(outputs, noise):
             flat, back = jax.flatten_util.ravel_pytree(outputs)
@@ -413,7 +427,11 @@ def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
         d = jnp.where(healthy[:, None], slopes, 0.0) @ members.all(centred).T / alive
         if output_axis_name is not None:
             d = jax.lax.pmean(d, output_axis_name)
-        size = jnp.sqrt(members.sum(jnp.sum(d**2, axis=1))) + at(eps, count)
+        # The squares of large entries would overflow.
+        largest = members.largest(jnp.max(jnp.abs(d)))
+        scaled = d / jnp.where(largest > 0, largest, 1.0)
+        norm = largest * jnp.sqrt(members.sum(jnp.sum(scaled**2, axis=1)))
+        size = norm + at(eps, count)
         return -at(step_size, count) * d / jnp.where(size > 0, size, 1.0), healthy
 
     return weigh
@@ -434,57 +452,80 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
         noise = _output_noise(members, key, z, at(output_noise, count))
         centred, alive = _centred(members, z, healthy)
         everyone = members.all(centred)
-        gamma = jnp.asarray(noise_covariance, z.dtype)
-        if gamma.ndim < 2:
-            gamma = jnp.diag(jnp.broadcast_to(gamma, z.shape[1]))
-        # Multiplied by the step, so that a step of 0 is no division by 0.
+        # In whitened outputs the noise has the covariance 1, and with the singular
+        # values s of C_uz the gain is s / (1 + step_size s^2): small noise loses no
+        # digits, and a step of 0 is no division by 0.
+        root = _root(noise_covariance, z)
+        left, s, right = jnp.linalg.svd(
+            _whitened(root, everyone) / jnp.sqrt(alive), full_matrices=False
+        )
         eta = at(step_size, count)
-        misfit = eta * (ensembles.flat(target) - z)
-        misfit += jnp.sqrt(eta) * noise @ jnp.linalg.cholesky(gamma).T
+        misfit = eta * _whitened(root, ensembles.flat(target) - z)
+        misfit += jnp.sqrt(eta) * noise
         misfit = jnp.where(healthy[:, None], misfit, 0.0)
-        spread = eta * everyone.T @ everyone / alive + gamma
-        factor = jax.scipy.linalg.cho_factor(spread)
-        return misfit @ jax.scipy.linalg.cho_solve(factor, everyone.T) / alive, healthy
+        gain = s / (1.0 + eta * s**2) / jnp.sqrt(alive)
+        return (misfit @ right.T * gain) @ left.T, healthy
 
     return weigh
+
+
+def _root(covariance, z):
+    """The Cholesky factor of the covariance; its diagonal if it is given as one."""
+    covariance = jnp.asarray(covariance, z.dtype)
+    if covariance.ndim == 2:
+        return jnp.linalg.cholesky(covariance)
+    return jnp.sqrt(jnp.broadcast_to(covariance, z.shape[1]))
+
+
+def _whitened(root, rows):
+    """Rows of outputs, in units of the noise."""
+    if root.ndim == 1:
+        return rows / root
+    return jax.scipy.linalg.solve_triangular(root, rows.T, lower=True).T
 
 
 def _move(members, key, start, before, *, weights, healthy):
     """Mean and deviations after every member took its combination of deviations."""
     indices = members.indices()
     step = jax.nn.one_hot(indices, members.size, dtype=weights.dtype) + weights
+    everyone_healthy = members.all(healthy)
+    alive = jnp.maximum(jnp.sum(everyone_healthy, dtype=step.dtype), 1.0)
 
-    def mixture(index):
-        member_key = jax.random.fold_in(jax.random.fold_in(key, _REPLACE), index)
-        return jax.random.normal(member_key, (members.size,), weights.dtype)
-
-    # Failed members become a random mixture of the others, with their covariance.
-    alive = jnp.maximum(members.sum(healthy.astype(weights.dtype)), 1.0)
-    others = jax.vmap(mixture)(indices) * members.all(healthy) / jnp.sqrt(alive)
-    step = jnp.where(healthy[:, None], step, others)
-    # The mean of the combinations moves the params, the rest is the new deviations.
-    mean = members.sum(step) / members.size
-
-    def move(start, before):
+    def move(step, start):
+        # The mean of all combinations moves the params, the rest is new deviations.
         v, e = start
-        shift = members.weighted_sum(mean, e)
-        return optax.tree.add(v, shift), members.combine(step - mean, e)
+        mean = members.sum(step) / members.size
+        moved = optax.tree.add(v, members.weighted_sum(mean, e))
+        new = (moved, members.combine(step - mean, e))
+        return trees.cast_like(new, before)
 
-    def move_without_failed(start, before):
-        v, e = start
+    def move_some(step, start):
+        # Failed members are drawn anew, with mean and covariance of the others.
+        share = everyone_healthy / alive
+        others = jnp.where(everyone_healthy[:, None], members.all(step), 0.0)
+        center = share @ others
+
+        def mixture(index):
+            member_key = jax.random.fold_in(jax.random.fold_in(key, _REPLACE), index)
+            z = jax.random.normal(member_key, (members.size,), step.dtype)
+            z = jnp.where(everyone_healthy, z, 0.0) / jnp.sqrt(alive)
+            return center + z @ others - jnp.sum(z) * center
+
+        step = jnp.where(healthy[:, None], step, jax.vmap(mixture)(indices))
 
         def zero_failed(leaf):  # a weight of 0 does not stop NaN
             return jnp.where(healthy.reshape(-1, *[1] * (leaf.ndim - 1)), leaf, 0.0)
 
-        return move((v, jax.tree.map(zero_failed, e)), before)
+        v, e = start
+        return move(step, (v, jax.tree.map(zero_failed, e)))
 
     failed = members.sum(jnp.logical_not(healthy).astype(jnp.int32))
-    unusable = members.sum(jnp.logical_not(_finite(step)).astype(jnp.int32)) > 0
-    unusable |= members.size - failed < 2
+    overflown = members.sum((healthy & ~_finite(step)).astype(jnp.int32))
+    unusable = (overflown > 0) | (members.size - failed < 2)
     # Branches, not selections: a pass over all members costs as much as a product.
     case = jnp.where(unusable, 2, jnp.where(failed > 0, 1, 0))
-    branches = [move, move_without_failed, lambda start, before: before]
-    return jax.lax.switch(case, branches, start, before)
+    branches = [move, move_some, lambda step, start: before]
+    return jax.lax.switch(case, branches, step, start), failed
 
 
 def _finite(rows):
@@ -533,6 +574,15 @@ def _members(size, sharding):
             f"{axis!r}, got {size}."
         )
     return _Members(size, axis, shards)
+
+
+def _check_axes(output_axis_name, sharding):
+    if output_axis_name is not None and sharding is not None:
+        raise ValueError(
+            "`sharding` spreads the members in a shard_map of its own, so it cannot be "
+            f"used inside another one, over `output_axis_name`={output_axis_name!r}. "
+            "Leave one of the two out."
+        )
 
 
 def _check_covariance(covariance, output_axis_name):

@@ -121,7 +121,8 @@ def perturbation_gradient(
       outer: an Optax optimizer, e.g. ``optax.adam(1e-3)``.
       ensemble_size: K, perturbations per update, >= 1.
       spread: s, the standard deviation of the perturbations: a float > 0, or a tree of
-        floats like the params (or a prefix of it).
+        floats like the params (or a prefix of it). With bfloat16 params it must be well
+        above their spacing, 1/128 of a weight or less, or rounding eats it.
       noise_kind: "rademacher" (independent signs) or "normal".
       antithetic: whether each perturbation is evaluated in both directions, in which
         terms of second order cancel.
@@ -173,7 +174,7 @@ def perturbation_gradient(
       sum of c_k s z_k, and draws normal perturbations with
       :math:`s^2 = 2 / (\text{fan}_{in} + \text{fan}_{out})`: our SGD with the learning
       rate :math:`lr\,K s^2`, leaf by leaf, see `perturbed_sum`. A perturbation whose
-      outputs are not finite is left out and counted.
+      outputs are not finite is left out and counted; if none is left nothing moves.
     """
     checks.transformation("outer", outer)
     ensemble_size = checks.integer("ensemble_size", ensemble_size, 1)
@@ -201,7 +202,7 @@ def perturbation_gradient(
     ):
         del updates, extra_args
         checks.float_params(params)
-        ensembles.check_functions(output_fn=output_fn, loss_fn=loss_fn)
+        ensembles.check_functions(params, output_fn=output_fn, loss_fn=loss_fn)
         x = trees.accumulator(params)
         s = ensembles.deviations_like(spread, x)
         update_key = jax.random.fold_in(state.key, state.count)
@@ -219,22 +220,35 @@ def perturbation_gradient(
         def chunk(carry, members):
             total, healthy = carry
             c, finite, z = jax.vmap(term)(members)
-            total = jax.tree.map(lambda t, z: t + jnp.tensordot(c, z, axes=1), total, z)
+            total = jax.tree.map(
+                lambda t, z: (t + jnp.tensordot(c, z, axes=1)).astype(t.dtype), total, z
+            )
             return (total, healthy + jnp.sum(finite, dtype=jnp.int32)), None
 
         members = jnp.arange(ensemble_size).reshape(-1, batch_size)
         start = (optax.tree.zeros_like(x), jnp.zeros([], jnp.int32))
         (total, healthy), _ = jax.lax.scan(chunk, start, members)
-        count = jnp.maximum(healthy, 1)
-        g = jax.tree.map(lambda t, s: t / (s * count), total, s)
-        steps, outer_state = outer.update(g, state.outer_state, x)
+        g = jax.tree.map(lambda t, s: t / (s * jnp.maximum(healthy, 1)), total, s)
+        g = trees.cast_like(g, x)
+
+        def move(g, outer_state, x):
+            steps, outer_state = outer.update(g, outer_state, x)
+            return trees.cast_like((steps, outer_state), (x, state.outer_state))
+
+        def stay(g, outer_state, x):
+            return optax.tree.zeros_like(x), outer_state
+
+        # Without any estimate an outer momentum would go on by itself.
+        steps, outer_state = jax.lax.cond(
+            healthy > 0, move, stay, g, state.outer_state, x
+        )
         passes = ensemble_size * (1 + antithetic) + 1
         return trees.cast_like(steps, params), PerturbationGradientState(
             jnp.asarray(optax.safe_increment(state.count)),
             state.key,
             trees.saturating_add(state.forward_passes, passes),
             trees.saturating_add(state.replaced, ensemble_size - healthy),
-            trees.cast_like(outer_state, state.outer_state),
+            outer_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -103,13 +103,14 @@ def make_train_step(
                 "Give make_train_step `output_fn=`, (params, batch) -> outputs, and a "
                 "`loss_fn` of (outputs, batch)."
             )
-        nothing: Any = None
+        loss, _ = loss_and_aux(params, batch, None)
         updates, opt_state = optimizer.update(
-            nothing, opt_state, params,
+            # Zeros, not None: wrappers such as apply_if_finite look at gradients.
+            optax.tree.zeros_like(params), opt_state, params,
             output_fn=lambda p: model(p, batch),
             loss_fn=lambda outputs: loss_fn(outputs, batch),
+            value=loss,
         )  # fmt: skip
-        loss, _ = loss_and_aux(params, batch, None)
         return optax.apply_updates(params, updates), opt_state, loss
 
     def step(params, opt_state, batches, aux=None):
