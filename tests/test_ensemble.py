@@ -533,21 +533,30 @@ def test_outputs_spread_over_devices():
     )
     alone = optax_flat.ensemble_kalman(ensemble_size=5, spread=0.5, eps=0.1, key=0)
     x = jnp.ones(4)
+    highest = np.sort(x[0] + alone.init(x).deviations[:, 0])
+    bad_above = (highest[-1] + highest[-2]) / 2
+    hard = np.sort(inputs[:, 1])[-1]  # the example, of one device, that a member fails
+
+    def output_fn(p, inputs):
+        fails = (p[0] > bad_above) & (inputs[:, 1] >= hard)
+        return jnp.where(fails, jnp.nan, jnp.tanh(inputs @ p))
 
     def update(tx, x, inputs):
-        return tx.update(
+        updates, state = tx.update(
             None, tx.init(x), x,
-            output_fn=lambda p: jnp.tanh(inputs @ p),
+            output_fn=lambda p: output_fn(p, inputs),
             loss_fn=lambda z: jnp.mean((z - 0.5) ** 2),
-        )[0]  # fmt: skip
+        )  # fmt: skip
+        return updates, state.replaced
 
     P = jax.sharding.PartitionSpec
     spread_out = jax.shard_map(
         lambda x, inputs: update(tx, x, inputs),
         mesh=mesh, in_specs=(P(), P("data")), out_specs=P(), check_vma=False,
     )  # fmt: skip
-    shared = jax.jit(spread_out)(x, inputs)
-    whole = jax.jit(lambda x: update(alone, x, inputs))(x)
+    shared, replaced = jax.jit(spread_out)(x, inputs)
+    whole, _ = jax.jit(lambda x: update(alone, x, inputs))(x)
+    assert int(replaced) == 1
     assert_close(shared, whole, factor=10)
     assert float(jnp.abs(shared).max()) > 1e-2
 
