@@ -17,9 +17,9 @@ METHODS = {
     "step_time": ["mlp/entropy/scan", "compile/sam/5"],
     "update_time": ["coolmomentum_temperature", "sgld_rademacher"],
     "mnist_mlp": ["adam", "entropy_sgd"],
-    "cifar_resnet20": ["coolmomentum_linear", "entropy_sgd"],
+    "cifar_resnet20": ["coolmomentum_linear"],
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
-    "ensemble_time": ["ensemble_kalman", "perturbation_gradient"],
+    "ensemble_time": ["ensemble_kalman"],
     "mnist_ensemble": ["adam_perturbation", "eki"],
 }
 
