@@ -7,6 +7,7 @@ the count is that of *outer* updates, in both modes.
 import math
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_flat._core import checks
@@ -227,6 +228,93 @@ def cyclical_cosine(
     def schedule(count):
         phase = jnp.asarray(jnp.asarray(count) % cycle, float) / cycle
         return initial / 2.0 * (jnp.cos(jnp.pi * phase) + 1.0)
+
+    return schedule
+
+
+def noam(model_dim: int, warmup_steps: int, scale: float = 1.0) -> optax.Schedule:
+    r"""The Transformer's learning rate: linear warm-up, then inverse square root.
+
+    .. math::
+        \eta_t = \text{scale}\; d^{-1/2} \min(n^{-1/2}, n\, w^{-3/2}),
+        \qquad n = t + 1
+
+    Args:
+      model_dim: d, the width of the model, >= 1.
+      warmup_steps: w, >= 1; the rate peaks at t = w - 1.
+      scale: >= 0.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: an argument outside the range given above.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> rate = schedules.noam(512, warmup_steps=4000)
+      >>> [f"{float(rate(t)):.4g}" for t in (0, 3999, 15999)]
+      ['1.747e-07', '0.0006988', '0.0003494']
+
+    References:
+      Vaswani et al., `Attention Is All You Need <https://arxiv.org/abs/1706.03762>`_,
+      2017, equation 3; its step_num is t + 1. numpy-ml's ``NoamScheduler`` takes the
+      count itself, which divides by zero at the first update.
+    """
+    model_dim = checks.integer("model_dim", model_dim, 1)
+    warmup_steps = checks.integer("warmup_steps", warmup_steps, 1)
+    scale = checks.constant("scale", scale, 0.0)
+
+    def schedule(count):
+        n = jnp.asarray(count, float) + 1.0
+        return scale * model_dim**-0.5 * jnp.minimum(n**-0.5, n * warmup_steps**-1.5)
+
+    return schedule
+
+
+def nesterov_momentum(total_steps: int) -> optax.Schedule:
+    r"""The momentum of Nesterov's accelerated method for convex functions.
+
+    .. math::
+        \theta_{k+1} = \tfrac12 \left(-\theta_k^2
+            + \sqrt{\theta_k^4 + 4 \theta_k^2}\right), \qquad
+        \beta_k = \theta_{k+1} (1 / \theta_k - 1), \qquad \theta_0 = 1
+
+    It starts at 0 and rises to 1 like k / (k + 3), which is the usual substitute.
+
+    Args:
+      total_steps: values computed in advance, >= 1. The last of them holds afterwards.
+
+    Returns:
+      A schedule of the update count.
+
+    Raises:
+      ValueError: `total_steps` below 1.
+      TypeError: `total_steps` of the wrong type.
+
+    Example:
+      >>> from optax_flat import schedules
+      >>> momentum = schedules.nesterov_momentum(1000)
+      >>> [round(float(momentum(k)), 3) for k in (0, 1, 10, 1000)]
+      [0.0, 0.282, 0.782, 0.997]
+
+    References:
+      Nesterov, A method of solving a convex programming problem with convergence rate
+      O(1/k^2), 1983. Recommended for ensemble Kalman inversion by
+      EnsembleKalmanProcesses.jl.
+    """
+    total_steps = checks.integer("total_steps", total_steps, 1)
+    thetas = [1.0]
+    for _ in range(total_steps):
+        square = thetas[-1] ** 2
+        thetas.append((math.sqrt(square * square + 4.0 * square) - square) / 2.0)
+    theta = np.array(thetas)
+    momenta = theta[1:] * (1.0 / theta[:-1] - 1.0)
+
+    def schedule(count):
+        index = jnp.clip(jnp.asarray(count, jnp.int32), 0, total_steps - 1)
+        return jnp.asarray(momenta, float)[index]
 
     return schedule
 

@@ -165,3 +165,38 @@ def test_cyclical_cosine(x64):
 def test_cyclical_cosine_errors(arguments, words):
     with pytest.raises(ValueError, match=words):
         schedules.cyclical_cosine(*arguments)
+
+
+def test_noam(x64):
+    """Against the formula, from the first update on."""
+    n = np.arange(1, 50)
+    expected = 0.7 * 64**-0.5 * np.minimum(n**-0.5, n * 20**-1.5)
+    rate = schedules.noam(64, 20, scale=0.7)
+    np.testing.assert_allclose(rate(jnp.asarray(n - 1)), expected, rtol=1e-12)
+    assert int(jnp.argmax(rate(jnp.arange(49)))) == 19
+
+
+def test_nesterov_momentum(x64):
+    """Against t_{k+1} = (1 + sqrt(1 + 4 t_k^2)) / 2, beta_k = (t_k - 1) / t_{k+1}."""
+    t = [1.0]
+    for _ in range(101):
+        t.append((1 + np.sqrt(1 + 4 * t[-1] ** 2)) / 2)
+    t = np.array(t)
+    momentum = schedules.nesterov_momentum(100)
+    expected = ((t[:-1] - 1) / t[1:])[:100]
+    np.testing.assert_allclose(momentum(jnp.arange(100)), expected, atol=1e-13)
+    assert float(momentum(10**6)) == float(momentum(99))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: schedules.noam(0, 10), "`model_dim` must be an int >= 1"),
+        (lambda: schedules.noam(8, 0), "`warmup_steps` must be an int >= 1"),
+        (lambda: schedules.noam(8, 10, -1.0), "`scale` must lie in"),
+        (lambda: schedules.nesterov_momentum(0), "`total_steps` must be an int >= 1"),
+    ],
+)
+def test_other_schedule_errors(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()

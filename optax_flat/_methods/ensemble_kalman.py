@@ -194,7 +194,8 @@ def ensemble_kalman(
       eps: added to the norm of D, >= 0. It has the dimension of the loss.
       momentum: :math:`\beta` of Nesterov's extrapolation :math:`v = u + \beta (u -
         u_{old})`, at which outputs are taken and from which the step starts; in [0, 1].
-        The schedule ``lambda k: k / (k + 3)`` is the usual one. It doubles the state.
+        ``schedules.nesterov_momentum(total_steps)`` and ``lambda k: k / (k + 3)`` are
+        the usual ones. It doubles the state.
       output_noise: standard deviation of normal noise on the outputs where the loss is
         differentiated ("perturbed observations"), >= 0; in the implicit form a factor
         of :math:`\xi_j \sim N(0, \Gamma / \eta)`, for which 1 is the textbook's.
