@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from optax_flat import plotting as plotting
+from optax_flat import problems as problems
 from optax_flat import schedules as schedules
 from optax_flat import training as training
 from optax_flat._core.masking import masked as masked
@@ -11,6 +13,12 @@ from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.walk import Walk as Walk
+from optax_flat._methods.classic import AdadeltaState as AdadeltaState
+from optax_flat._methods.classic import AdagradState as AdagradState
+from optax_flat._methods.classic import ClipByLeafNormState as ClipByLeafNormState
+from optax_flat._methods.classic import adadelta as adadelta
+from optax_flat._methods.classic import adagrad as adagrad
+from optax_flat._methods.classic import clip_by_leaf_norm as clip_by_leaf_norm
 from optax_flat._methods.coolmomentum import CoolMomentumState as CoolMomentumState
 from optax_flat._methods.coolmomentum import coolmomentum as coolmomentum
 from optax_flat._methods.ensemble_kalman import (
@@ -27,6 +35,12 @@ from optax_flat._methods.langevin import sgld as sgld
 from optax_flat._methods.local_entropy import entropy_adam as entropy_adam
 from optax_flat._methods.local_entropy import entropy_sgd as entropy_sgd
 from optax_flat._methods.local_entropy import local_entropy as local_entropy
+from optax_flat._methods.loss_slope import LossSlopeState as LossSlopeState
+from optax_flat._methods.loss_slope import scale_by_loss_slope as scale_by_loss_slope
+from optax_flat._methods.nesterov import (
+    MultipointNesterovState as MultipointNesterovState,
+)
+from optax_flat._methods.nesterov import multipoint_nesterov as multipoint_nesterov
 from optax_flat._methods.perturbation import (
     PerturbationGradientState as PerturbationGradientState,
 )

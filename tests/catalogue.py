@@ -48,6 +48,10 @@ class Method(NamedTuple):
     closed_form_updates: int = 1
     # Whether its state holds floating-point numbers made of gradients and params.
     keeps_floats: bool = True
+    # Whether its params stand on a look-ahead point and `eval_params` behind it.
+    looks_ahead: bool = False
+    # The arguments that give a walk another number of gradients.
+    of_length: Callable[[int], dict[str, Any]] = lambda n: {"num_steps": n}
 
     @property
     def has_key(self) -> bool:
@@ -202,6 +206,35 @@ def ensemble_steps(q: Quadratic, x, updates, step_size, eps, size, spread):
         D = np.outer(f, f - f.mean()) / size
         u = u - step_size / (np.linalg.norm(D) + eps) * D @ u
     return u.mean(axis=0) - x
+
+
+def look_ahead_steps(q: Quadratic, x, *, rate, momenta, nodes, weights):
+    """Displacement of the first node by Nesterov's rule with one node, their mean."""
+    mean, theta, v = np.dot(nodes, weights), x, 0.0 * x
+    for m in momenta[:-1]:
+        v = m * v + rate * q.H @ (theta - mean * m * v - q.c)
+        theta = theta - v
+    return theta - nodes[0] * momenta[-1] * v - x
+
+
+def slope_scaled_steps(q: Quadratic, x, factor):
+    """Displacement after three steps uphill, the third scaled."""
+    y = x - q.c
+    for scale in (1.0, 1.0, factor):
+        y = y + scale * q.H @ y
+    return y + q.c - x
+
+
+def adadelta_steps(q: Quadratic, x, rate, decay, eps, initial, updates):
+    """Displacement after some updates."""
+    y, E, X = x - q.c, 0.0, initial
+    for _ in range(updates):
+        g = q.H @ y
+        E = decay * E + (1 - decay) * g**2
+        s = np.sqrt(X + eps) / np.sqrt(E + eps) * g
+        X = decay * X + (1 - decay) * s**2
+        y = y - rate * s
+    return y + q.c - x
 
 
 def normals(x, updates):
@@ -468,6 +501,145 @@ METHODS = [
         modes=FORWARD,
         length=1,
         keeps_floats=False,
+    ),
+    Method(
+        name="multipoint_nesterov",
+        arguments={"learning_rate": 0.05, "momentum": 0.8, "nodes": "four"},
+        floats={"learning_rate": 0.1, "momentum": 0.5},
+        noisy={},
+        off={"nodes": (1.0,), "weights": None},
+        off_is=optax.sgd(0.05, 0.8, nesterov=True),
+        closed_form=lambda q, x: look_ahead_steps(
+            q,
+            x,
+            rate=0.1,
+            momenta=[0.9, 0.8, 0.7, 0.5],
+            nodes=[0.4, 0.1, 1.0, 0.7],
+            weights=[0.5, 0.1, 0.1, 0.3],
+        ),
+        closed_form_arguments={
+            "learning_rate": 0.1,
+            "momentum": lambda t: jnp.array([0.9, 0.8, 0.7, 0.5])[t],
+            "nodes": (0.4, 0.1, 1.0, 0.7),
+            "weights": (0.5, 0.1, 0.1, 0.3),
+        },
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            ({"momentum": 1.5}, ValueError, r"`momentum` must lie in \[0, 1\]"),
+            ({"nodes": ()}, ValueError, r"`nodes` must be one or more .* \(0, 1\]"),
+            ({"nodes": (0.0, 1.0)}, ValueError, r"`nodes` .* in \(0, 1\], got \(0.0"),
+            ({"nodes": (0.5, 1.1)}, ValueError, r"`nodes` .* in \(0, 1\], got"),
+            ({"nodes": 0.5}, TypeError, "`nodes` must be a sequence of floats"),
+            ({"nodes": "fifths"}, ValueError, "`nodes` must be one of 'thirds'"),
+            ({"weights": (1.0,)}, ValueError, "`weights` belong to the rule nodes="),
+            (
+                {"nodes": (0.5, 1.0), "weights": (1.0,)},
+                ValueError,
+                "`weights` must be one number for each of the 2 nodes, got 1",
+            ),
+            (
+                {"nodes": (0.5, 1.0), "weights": (0.5, 0.6)},
+                ValueError,
+                "`weights` must sum to 1, got .* with sum 1.1",
+            ),
+            (
+                {"nodes": (0.5, 1.0), "weights": (float("nan"), 1.0)},
+                ValueError,
+                "`weights` must sum to 1",
+            ),
+            ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
+        ],
+        looks_ahead=True,
+        of_length=lambda n: {"nodes": tuple((i + 1) / n for i in range(n))},
+    ),
+    Method(
+        name="adagrad",
+        arguments={"learning_rate": 0.1, "eps": 0.01, "power": 0.5},
+        floats={"learning_rate": 0.3, "eps": 0.5, "power": 0.8},
+        noisy={},
+        off={"eps_in_sqrt": True, "initial_accumulator_value": 0.1, "eps": 0.01},
+        off_is=optax.adagrad(0.1, initial_accumulator_value=0.1, eps=0.01),
+        closed_form=lambda q, x: (
+            -0.2 * (q.H @ (x - q.c)) / ((0.3 + (q.H @ (x - q.c)) ** 2) ** 0.7 + 0.1)
+        ),
+        closed_form_arguments={
+            "learning_rate": 0.2,
+            "eps": 0.1,
+            "power": 0.7,
+            "initial_accumulator_value": 0.3,
+        },
+        bad=[
+            NEGATIVE_RATE,
+            ({"eps": -1.0}, ValueError, "`eps` must lie in"),
+            ({"power": -1.0}, ValueError, "`power` must lie in"),
+            (
+                {"initial_accumulator_value": -1.0},
+                ValueError,
+                "`initial_accumulator_value` must lie in",
+            ),
+        ],
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="adadelta",
+        arguments={"learning_rate": 0.5, "eps": 1e-3, "initial_update": 0.5},
+        floats={"learning_rate": 0.7, "decay": 0.5, "eps": 0.1},
+        noisy={},
+        off={"initial_update": 0.0},
+        off_is=optax.adadelta(0.5, rho=0.9, eps=1e-3),
+        closed_form=lambda q, x: adadelta_steps(q, x, 0.2, 0.8, 0.01, 3.0, 3),
+        closed_form_arguments={
+            "learning_rate": 0.2,
+            "decay": 0.8,
+            "eps": 0.01,
+            "initial_update": 3.0,
+        },
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            ({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1"),
+            ({"eps": 0.0}, ValueError, r"`eps` must lie in \(0, inf\), got 0"),
+            ({"initial_update": -1.0}, ValueError, "`initial_update` must lie in"),
+        ],
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="clip_by_leaf_norm",
+        arguments={"max_norm": 0.5},
+        floats={"max_norm": 0.2},
+        noisy={},
+        off={"max_norm": 1e30},
+        off_is=optax.identity(),
+        closed_form=lambda q, x: (
+            0.7 * q.H @ (x - q.c) / np.linalg.norm(q.H @ (x - q.c))
+        ),
+        closed_form_arguments={"max_norm": 0.7},
+        bad=[({"max_norm": -1.0}, ValueError, "`max_norm` must lie in")],
+        keeps_floats=False,
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="scale_by_loss_slope",
+        arguments={"patience": 3, "factor": 0.5},
+        floats={"factor": 0.2, "min_scale": 0.9},
+        noisy={},
+        off={"factor": 1.0},
+        off_is=optax.identity(),
+        closed_form=lambda q, x: slope_scaled_steps(q, x, 0.3),
+        closed_form_arguments={"patience": 3, "factor": 0.3},
+        closed_form_updates=3,
+        bad=[
+            ({"patience": 2}, ValueError, "`patience` must be an int >= 3, got 2"),
+            ({"factor": 0.0}, ValueError, r"`factor` must lie in \(0, 1\], got 0"),
+            ({"min_scale": 2.0}, ValueError, r"`min_scale` must lie in \[0, 1\]"),
+        ],
+        keeps_floats=False,
+        modes=PLAIN,
+        length=1,
     ),
 ]
 

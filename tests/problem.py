@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import optax_flat
+
 FEATURES = 3
 
 
@@ -34,7 +36,7 @@ def batches(updates: int, length: int, dtype=jnp.float32, seed: int = 0) -> jax.
 
 
 class Run(NamedTuple):
-    """Where a run ended, and the params after each outer update."""
+    """Where a run ended, and the params to evaluate after each outer update."""
 
     params: Any
     state: Any
@@ -72,7 +74,9 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
             parts = in_parts(loss, batch)
             updates, state = tx.update(None, state, params, **parts, **extra_args)
             return (optax.apply_updates(params, updates), state), None
-        updates, state = tx.update(grad(params, batch), state, params, **extra_args)
+        value, grads = jax.value_and_grad(loss)(params, batch)
+        given = {"value": value} | extra_args
+        updates, state = tx.update(grads, state, params, **given)
         return (optax.apply_updates(params, updates), state), None
 
     return jax.lax.scan(one_gradient, (params, state), stack)[0]
@@ -81,7 +85,12 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
 @functools.lru_cache(maxsize=256)
 def jitted_update(tx, mode, loss):
     """`update` compiled once per optimizer, however many tests ask for it."""
-    return jax.jit(functools.partial(update, tx, mode, loss=loss))
+
+    def step(params, state, stack):
+        params, state = update(tx, mode, params, state, stack, loss=loss)
+        return params, state, optax_flat.eval_params(state, params)
+
+    return jax.jit(step)
 
 
 def train(tx, mode, params, data, state=None, loss=loss) -> Run:
@@ -92,8 +101,8 @@ def train(tx, mode, params, data, state=None, loss=loss) -> Run:
     step = jitted_update(tx, mode, loss)
     path = []
     for stack in data:
-        params, state = step(params, state, stack)
-        path.append(params)
+        params, state, evaluated = step(params, state, stack)
+        path.append(evaluated)
     return Run(params, state, path)
 
 

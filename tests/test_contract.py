@@ -161,13 +161,14 @@ def test_schedules_count_outer_updates(method, mode):
 
         def body(carry, stack):
             params, state = update(tx, mode, *carry, stack)
-            return (params, state), params
+            return (params, state), optax_flat.eval_params(state, params)
 
         start = ragged_params()
         return jax.lax.scan(body, (start, tx.init(start)), data)[1]
 
-    none = run(-1)
+    # First, since what is made inside `run` has tracers for keys.
     plain = train(method.make(mode=mode), mode, ragged_params(), data)
+    none = run(-1)
     for t in range(3):
         assert_close(jax.tree.map(lambda x, t=t: x[t], none), plain.path[t])
     for i, name in enumerate(names):
@@ -184,7 +185,7 @@ def test_inject_hyperparams(method, mode):
     injected = optax.inject_hyperparams(
         method.factory, static_args=method.factory.static_args
     )(**method.arguments | method.loop(mode))
-    data = batches(2, method.length)
+    data = batches(3, method.length)
     plain = train(method.make(mode=mode), mode, ragged_params(), data)
     run = train(injected, mode, ragged_params(), data)
     assert_close(run.params, plain.params)
@@ -228,7 +229,8 @@ def test_dtypes(method, mode, dtype):
             return tx.update(None, state, params, **in_parts(loss, stack[0]))
         grad = jax.grad(loss)
         grads = grad(params, stack[0])
-        return tx.update(grads, state, params, grad_fn=grad, batches=stack[1:])
+        given = {"grad_fn": grad, "batches": stack[1:], "value": jnp.ones([])}
+        return tx.update(grads, state, params, **given)
 
     updates, state = jax.eval_shape(one_update, params, jax.eval_shape(tx.init, params))
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
@@ -416,7 +418,8 @@ def test_eval_params(method, mode, wrapper):
         return update(tx, mode, params, state, batch[None])
 
     for stack in batches(2, method.length):
-        anchor = params
+        anchor = optax_flat.eval_params(state, params)
+        assert method.looks_ahead or _equal(anchor, params)
         for i, batch in enumerate(stack):
             evaluated = optax_flat.eval_params(state, params)
             mask = trained.get(wrapper, jax.tree.map(lambda _: True, anchor))
@@ -424,10 +427,15 @@ def test_eval_params(method, mode, wrapper):
                 lambda e, a, p, m: np.testing.assert_array_equal(e, a if m else p),
                 evaluated, anchor, params, mask,
             )  # fmt: skip
-            if i > 0:
+            if i > 0 and not method.looks_ahead:
                 assert largest_difference(params, anchor) > 1e-4
             params, state = step(params, state, batch)
-    assert_equal(optax_flat.eval_params(state, params), params)
+    anchor = optax_flat.eval_params(state, params)
+    assert method.looks_ahead != _equal(anchor, params)
+
+
+def _equal(a, b):
+    return largest_difference(a, b) == 0
 
 
 @gradient_case
@@ -485,9 +493,8 @@ def test_wraps_in_apply_if_finite(method, mode):
 
     @jax.jit
     def give(grads, state, params):
-        return tx.update(
-            grads, state, params, grad_fn=jax.grad(loss), batches=data[1, 1:]
-        )
+        given = {"grad_fn": jax.grad(loss), "batches": data[1, 1:], "value": 1.0}
+        return tx.update(grads, state, params, **given)
 
     updates, after = give(bad, state, params)
     assert_equal(optax.apply_updates(params, updates), params)
@@ -689,10 +696,11 @@ def test_gradient_evaluations_counted(method, mode):
 @every_walk
 def test_program_size_does_not_grow(method):
     def size(length):
-        tx = method.make(num_steps=length)
+        tx = method.make(**method.of_length(length))
         params = ragged_params()
         step = jax.jit(functools.partial(update, tx, "scanned"))
-        return len(step.lower(params, tx.init(params), batches(1, length)[0]).as_text())
+        text = step.lower(params, tx.init(params), batches(1, length)[0]).as_text()
+        return text.count("\n")  # one operation per line
 
     assert size(60) < 1.02 * size(6)
 

@@ -13,12 +13,15 @@ PACKAGE = Path(optax_flat.__file__).parent
 ALLOWED = {
     "_core": {"_core"},
     "schedules": {"_core"},
+    "problems": {"_core"},
     "_methods": {"_core", "schedules"},
     "training": {"_core", "training"},
-    "__init__": {"_core", "_methods", "schedules", "training"},
+    "flatness": {"_core", "flatness"},
+    "plotting": {"_core", "flatness", "plotting", "problems", "training"},
 }
+ALLOWED["__init__"] = {*ALLOWED, "__init__"} - {"__init__"}
 RUN_TIME = {"jax", "optax", "numpy", "optax_flat"}
-EXTRAS = {"flax", "tqdm"}
+EXTRAS = {"PIL", "flax", "matfree", "matplotlib", "tqdm"}
 
 
 def imports(tree):
