@@ -1,0 +1,15 @@
+"""Optional packages, imported where they are used."""
+
+import importlib
+from typing import Any
+
+
+def load(module: str, extra: str, user: str) -> Any:
+    """Imports `module`; where it is missing, says which extra `user` needs."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"{user} needs {package}: pip install 'optax_flat[{extra}]'."
+        ) from error
