@@ -1,14 +1,16 @@
 """Checkpoints of a run that takes minutes, so that it can be cut off at any moment.
 
-with Checkpoint(DIR / "runs" / "adam-0") as checkpoint:
+for name, seed, checkpoint in checkpointed(rows.pending(...), DIR, settings):
     state, log = checkpoint.restore(state, {"epoch": 0, "losses": []})
     while log["epoch"] < epochs:
         ...
         checkpoint.save(log["epoch"], state, log)
-checkpoint.delete()  # once the row of the run is written
+    rows.record(name, seed, row)
 """
 
 import shutil
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -73,3 +75,17 @@ class Checkpoint:
     def delete(self) -> None:
         """Removes the folder."""
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def checkpointed(
+    pending: Iterable[tuple[str, int]], folder: Path, settings: dict[str, Any]
+) -> Iterator[tuple[str, int, Checkpoint]]:
+    """Each pair (method, seed) with its checkpoint, deleted when the next is asked for.
+
+    What was begun with other settings is not gone on with.
+    """
+    version = f"{zlib.crc32(repr(settings).encode()):08x}"
+    for name, seed in pending:
+        with Checkpoint(folder / "runs" / f"{name}-{seed}-{version}") as checkpoint:
+            yield name, seed, checkpoint
+        checkpoint.delete()

@@ -39,7 +39,6 @@ A run that was cut off goes on at the epoch where it was.
 
 import functools
 import time
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,13 +48,14 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, checkpointed
 from flax import linen as nn
 from harness import (
     COLOURS,
     Images,
     Row,
     Rows,
+    falling,
     load_images,
     parser,
     random_images,
@@ -95,13 +95,6 @@ class Sizes(NamedTuple):
 
 
 SMOKE = Sizes(2, 2, (2, 4), 1)
-
-
-def falling(rate: float, updates: int, factor: float, *fractions: float):
-    """A rate that is multiplied by the factor after fractions of all updates."""
-    return optax.piecewise_constant_schedule(
-        rate, {int(fraction * updates): factor for fraction in fractions}
-    )
 
 
 def coolmomentum(cooling: Callable[[float, int], optax.Schedule]) -> Maker:
@@ -412,14 +405,10 @@ def main() -> None:
         images, data = load_images(options.data), options.data.name
     settings = {**sizes._asdict(), "data": data}
     rows = Rows(options.out, settings)
-    # What was begun with other settings is not gone on with.
-    version = f"{zlib.crc32(repr(settings).encode()):08x}"
-    for name, seed in rows.pending(options.methods, range(options.seeds)):
-        folder = options.out / "runs" / f"{name}-{seed}-{version}"
-        with Checkpoint(folder) as checkpoint:
-            row = train(METHODS[name], images, sizes, seed=seed, checkpoint=checkpoint)
+    pending = rows.pending(options.methods, range(options.seeds))
+    for name, seed, checkpoint in checkpointed(pending, options.out, settings):
+        row = train(METHODS[name], images, sizes, seed=seed, checkpoint=checkpoint)
         rows.record(name, seed, row)
-        checkpoint.delete()
     measures = [name for name in MEASURES if any(name in row for row in rows)]
     text = table(rows, measures)
     (options.out / "table.md").write_text(text)

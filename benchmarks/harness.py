@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import optax
 from tqdm.auto import tqdm
 
 Row = dict[str, Any]
@@ -146,6 +147,13 @@ def _summary(values: Sequence[float]) -> str:
         return f"{mean:.4g}"
     decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean:.{decimals}f} ± {deviation:.{decimals}f}"
+
+
+def falling(rate: float, updates: int, factor: float, *fractions: float):
+    """A rate that is multiplied by the factor after fractions of all updates."""
+    return optax.piecewise_constant_schedule(
+        rate, {int(fraction * updates): factor for fraction in fractions}
+    )
 
 
 def bars(rows: Iterable[Row], measure: str, label: str, path: Path) -> None:

@@ -89,15 +89,10 @@ class Method(NamedTuple):
     components: int | None = None  # principal components in the place of pixels
 
 
-def falling(rate: float, updates: int) -> optax.Schedule:
-    """The rate of an update, from the number of all of them."""
-    return optax.cosine_decay_schedule(rate, updates)
-
-
 def sgd(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
     """Without momentum."""
     del sizes, key
-    return optax.sgd(falling(0.1, updates))
+    return optax.sgd(optax.cosine_decay_schedule(0.1, updates))
 
 
 def nesterov(
@@ -105,13 +100,13 @@ def nesterov(
 ) -> optax.GradientTransformation:
     """Momentum 0.9."""
     del sizes, key
-    return optax.sgd(falling(0.1, updates), 0.9, nesterov=True)
+    return optax.sgd(optax.cosine_decay_schedule(0.1, updates), 0.9, nesterov=True)
 
 
 def adam(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
     """Adam with its usual moments."""
     del sizes, key
-    return optax.adam(falling(1e-3, updates))
+    return optax.adam(optax.cosine_decay_schedule(1e-3, updates))
 
 
 def thesis(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
@@ -146,7 +141,7 @@ def adam_perturbation(size: int, rate: float, *, chunk_size: int = 2):
     def make(sizes, updates, key):
         count = min(size, sizes.most)
         return optax_flat.perturbation_gradient(
-            optax.adam(falling(rate, updates)),
+            optax.adam(optax.cosine_decay_schedule(rate, updates)),
             ensemble_size=count,
             spread=0.01,
             batch_size=chunk(count, chunk_size),
@@ -182,7 +177,9 @@ def eki(step_size: float, *, spread: Any = None, **options: Any):
         smooth = functools.partial(smooth_member, width=sizes.width)
         size = min(MEMBERS, sizes.most)
         return optax_flat.ensemble_kalman(
-            falling(step_size * size / MEMBERS, updates),  # smoke runs: shorter steps
+            optax.cosine_decay_schedule(
+                step_size * size / MEMBERS, updates
+            ),  # smoke runs: shorter steps
             ensemble_size=size,
             spread=smooth if spread is None else spread,
             batch_size=chunk(size, 50),

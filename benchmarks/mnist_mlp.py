@@ -44,6 +44,7 @@ from harness import (
     Images,
     Row,
     Rows,
+    falling,
     load_images,
     parser,
     random_images,
@@ -79,13 +80,6 @@ class Method(NamedTuple):
     num_steps: int  # gradients per update
     rates: tuple[float, ...]  # the grid of --select
     rate: float
-
-
-def falling(rate: float, updates: int, factor: float, *fractions: float):
-    """A rate that is multiplied by the factor after fractions of all updates."""
-    return optax.piecewise_constant_schedule(
-        rate, {int(fraction * updates): factor for fraction in fractions}
-    )
 
 
 def sgd(rate: float, updates: int, key: jax.Array) -> optax.GradientTransformation:

@@ -49,7 +49,6 @@ was cut off goes on at the quarter of an epoch where it was.
 
 import functools
 import time
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +58,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint
+from checkpoint import Checkpoint, checkpointed
 from harness import COLOURS, Row, Rows, parser, table
 from tqdm.auto import tqdm
 
@@ -414,14 +413,10 @@ def main() -> None:
     rates = {name: method.rate for name, method in METHODS.items()}
     settings = {**sizes._asdict(), "data": data, "rates": rates}
     rows = Rows(options.out, settings)
-    # What was begun with other settings is not gone on with.
-    version = f"{zlib.crc32(repr(settings).encode()):08x}"
-    for name, seed in rows.pending(options.methods, range(options.seeds)):
-        folder = options.out / "runs" / f"{name}-{seed}-{version}"
-        with Checkpoint(folder) as checkpoint:
-            row = train(METHODS[name], text, sizes, seed=seed, checkpoint=checkpoint)
+    pending = rows.pending(options.methods, range(options.seeds))
+    for name, seed, checkpoint in checkpointed(pending, options.out, settings):
+        row = train(METHODS[name], text, sizes, seed=seed, checkpoint=checkpoint)
         rows.record(name, seed, row)
-        checkpoint.delete()
     measures = [name for name in MEASURES if any(name in row for row in rows)]
     result = table(rows, measures)
     (options.out / "table.md").write_text(result)

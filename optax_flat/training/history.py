@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_flat._core import checks, modes
+from optax_flat._core import checks, extras, modes
 
 
 class History:
@@ -202,12 +202,7 @@ class History:
 
 
 def _progress_bar(total, label):
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise ImportError(
-            "History(progress=True) needs tqdm: pip install 'optax_flat[progress]'."
-        ) from error
+    tqdm = extras.load("tqdm.auto", "progress", "History(progress=True)").tqdm
     return tqdm(total=total, desc=label or None, unit="epoch")
 
 
