@@ -5,7 +5,10 @@ params' size, and samplers draw noise. Here the gradient is given, the params at
 start at every update, so nothing but the update and its application is timed, one
 jitted call each with params and state donated. The references are SGD with momentum
 0.9 and plain SGD, which is the physical limit: read params and gradient, write params.
-`noisy_sgd` is what Optax offers instead of a sampler, noise in front of the rate.
+`noisy_sgd` is what Optax offers instead of a sampler, noise in front of the rate. The
+classic rules stand beside their neighbours in Optax: `leaf_norm` and `global_norm` clip
+in front of plain SGD, `loss_slope` is plain SGD behind which the loss is watched, and
+`multipoint_nesterov` has one node, so that it too is given one gradient.
 
 The methods take turns, round after round, each right behind the two references, so
 that what is compared is close in time; each is called twice, and the second call is
@@ -51,7 +54,19 @@ def optimizers(rounds: int) -> dict[str, optax.GradientTransformation]:
         factory = partial(getattr(optax_flat, name), RATE, **langevin)
         for kind in ("rademacher", "normal"):
             made[f"{name}_{kind}"] = factory(noise_kind=kind)
-    return made
+    sgd = optax.sgd(RATE)
+    made |= {
+        "nesterov": optax.sgd(RATE, 0.9, nesterov=True),
+        "multipoint_nesterov": optax_flat.multipoint_nesterov(RATE, 0.9),
+        "optax_adagrad": optax.adagrad(RATE),
+        "adagrad": optax_flat.adagrad(RATE),
+        "optax_adadelta": optax.adadelta(RATE),
+        "adadelta": optax_flat.adadelta(RATE),
+        "global_norm": optax.chain(optax.clip_by_global_norm(1.0), sgd),
+        "leaf_norm": optax.chain(optax_flat.clip_by_leaf_norm(1.0), sgd),
+        "loss_slope": optax.chain(sgd, optax_flat.scale_by_loss_slope()),
+    }
+    return {name: optax.with_extra_args_support(tx) for name, tx in made.items()}
 
 
 def start(size: int, seed: int) -> dict[str, jax.Array]:
@@ -67,7 +82,7 @@ def start(size: int, seed: int) -> dict[str, jax.Array]:
 
 def step(tx: Any, reads: bool, params: Any, state: Any, grads: Any) -> Any:
     """One update; `reads` for CoolMomentum's temperature."""
-    updates, state = tx.update(grads, state, params)
+    updates, state = tx.update(grads, state, params, value=1.0)
     value = state.temperature if reads else jnp.zeros([])
     return optax.apply_updates(params, updates), state, value
 
