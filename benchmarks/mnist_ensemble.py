@@ -21,7 +21,8 @@ Nesterov and Adam have gradients, the others run the model forward only:
   kernel is P V, P the first 30 principal components of the training images (which
   needs no labels) and V trained: the same network with 5,258 parameters to perturb
   instead of 101,770.
-* eki_components: eki_resampled in these parameters, with independent draws.
+* eki_components: eki_resampled in these parameters, with independent draws, for ten
+  epochs instead of two.
 
 All rates but the thesis' fall to 0 by a cosine. The costs: `forward_passes` counts
 images, each once for every model that was run on it, `gradient_evaluations` counts
@@ -364,7 +365,7 @@ def picture(rows: Iterable[Row], path: Path) -> None:
         axis.set_xlabel(label)
         axis.grid(axis="y", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("test accuracy, %")
+    axes[0].set_ylabel("accuracy, %")
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=200)
     plt.close(figure)

@@ -253,7 +253,7 @@ r"""A wide valley, and on the way to it a narrow, deeper hole: for flat-minima m
     f = -T \log\left(e^{-q_n / T} + e^{-q_w / T}\right), \quad T = 0.1, \quad
     q_n = 20 |x - (-1, -1)|^2 - 0.2, \quad q_w = \tfrac{1}{2} |x - (1.5, 1)|^2
 
-Gradient descent from the start, with a rate below 2/40, falls into the hole; a method
+Gradient descent from the start, with a rate up to 0.045, falls into the hole; a method
 that averages the loss or its gradient over a neighbourhood as wide as the hole (radius
 0.5) passes over it into the valley. To double precision the minima are the two centres,
 with values -0.2 and 0 and Hessians 40 and 1 times the identity. At temperature 0.1 the

@@ -282,6 +282,9 @@ def nesterov_momentum(total_steps: int) -> optax.Schedule:
         \beta_k = \theta_{k+1} (1 / \theta_k - 1), \qquad \theta_0 = 1
 
     It starts at 0 and rises to 1 like k / (k + 3), which is the usual substitute.
+    :math:`\beta_k` extrapolates *after* update k, as in `ensemble_kalman`; where the
+    momentum acts before the gradient, as in `multipoint_nesterov`, take
+    ``lambda t: schedule(t - 1)``.
 
     Args:
       total_steps: values computed in advance, >= 1. The last of them holds afterwards.

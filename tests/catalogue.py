@@ -541,13 +541,14 @@ METHODS = [
             (
                 {"nodes": (0.5, 1.0), "weights": (0.5, 0.6)},
                 ValueError,
-                "`weights` must sum to 1, got .* with sum 1.1",
+                "`weights` must be finite and sum to 1, got .* with sum 1.1",
             ),
             (
                 {"nodes": (0.5, 1.0), "weights": (float("nan"), 1.0)},
                 ValueError,
-                "`weights` must sum to 1",
+                r"`weights\[0\]` must lie in .* got nan",
             ),
+            ({"nodes": ("0.5", 1.0)}, TypeError, r"`nodes\[0\]` must be a float"),
             ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
         ],
         looks_ahead=True,

@@ -112,6 +112,12 @@ def test_a_visible_fall_never_lowers():
     np.testing.assert_array_equal(ours, 1.0)
 
 
+def test_a_spike_does_not_hide_a_fall():
+    """In float32 too, where the spike's digits end above the losses."""
+    losses = jnp.linspace(1.0, 0.5, 30).at[0].set(1e9).at[29].set(2e9)
+    np.testing.assert_array_equal(scales(losses, 30, 0.5), 1.0)
+
+
 def test_losses_that_are_not_finite_are_left_out():
     losses = jnp.asarray(np.random.default_rng(0).normal(size=60))
     poisoned = jnp.insert(losses, jnp.array([5, 30]), jnp.array([jnp.nan, jnp.inf]))
@@ -123,8 +129,11 @@ def test_losses_that_are_not_finite_are_left_out():
 
 def test_the_loss_is_needed():
     tx = optax_flat.scale_by_loss_slope()
+    state = tx.init(jnp.ones(1))
     with pytest.raises(ValueError, match="`value` must be passed .* value=loss"):
-        tx.update(jnp.ones(1), tx.init(jnp.ones(1)))
+        tx.update(jnp.ones(1), state)
+    with pytest.raises(ValueError, match=r"a scalar, got an array of shape \(3,\)"):
+        tx.update(jnp.ones(1), state, value=jnp.ones(3))
 
 
 def test_the_scale_has_a_floor():

@@ -8,8 +8,10 @@ def load(module: str, extra: str, user: str) -> Any:
     """Imports `module`; where it is missing, says which extra `user` needs."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         package = module.partition(".")[0]
+        if error.name not in (None, package):  # it is there, and broken
+            raise
         raise ImportError(
             f"{user} needs {package}: pip install 'optax_flat[{extra}]'."
         ) from error

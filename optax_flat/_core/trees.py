@@ -33,6 +33,21 @@ def cast_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(cast, tree, like)
 
 
+def rounded_like(tree: Any, like: Any) -> Any:
+    """Each leaf as a cast to its partner's dtype and back leaves it.
+
+    XLA leaves such pairs of casts out.
+    """
+
+    def rounded(leaf, partner):
+        ours, theirs = jnp.finfo(leaf.dtype), jnp.finfo(partner.dtype)
+        if ours.bits <= theirs.bits:
+            return leaf
+        return jax.lax.reduce_precision(leaf, theirs.nexp, theirs.nmant)
+
+    return jax.tree.map(rounded, tree, like)
+
+
 def select_like(tree: Any, like: Any) -> Any:
     """`tree` in the dtypes of `like`, with its masked leaves masked."""
 

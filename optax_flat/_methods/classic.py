@@ -61,9 +61,9 @@ def adagrad(
         \end{align*}
 
     with :math:`\eta` = `learning_rate`, p = `power`, :math:`\varepsilon` = `eps`, and
-    G starting at `initial_accumulator_value`. The usual rule has p = 1/2; p = 0 is
-    gradient descent (with eps = 0, inside), p = 1 forgets old scales fastest. A
-    coordinate without any gradient yet does not move.
+    G starting at `initial_accumulator_value`. The usual rule has p = 1/2. With p = 0,
+    eps = 0 it is gradient descent; the larger p, the sooner steps shrink. A coordinate
+    without any gradient yet does not move.
 
     Args:
       learning_rate: :math:`\eta`, >= 0.
@@ -204,10 +204,13 @@ def adadelta(
 
         grads = trees.cast_like(updates, state.nu)
         nu = average(state.nu, grads)
-        steps = jax.tree.map(
-            lambda X, E, g: jnp.sqrt((X + eps_t) / (E + eps_t)) * g,
-            state.squared_updates, nu, grads,
-        )  # fmt: skip
+
+        def scaled(X, E, g):
+            square = E + eps_t  # 0 where eps underflows and there was no gradient
+            ratio = (X + eps_t) / jnp.where(square > 0, square, 1.0)
+            return jnp.sqrt(jnp.where(square > 0, ratio, 0.0)) * g
+
+        steps = jax.tree.map(scaled, state.squared_updates, nu, grads)
         squared = average(state.squared_updates, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         steps = optax.tree.scale(-at(learning_rate, state.count), steps)
@@ -266,10 +269,13 @@ def clip_by_leaf_norm(
         bound = at(max_norm, state.count)
 
         def clip(g):
-            norm = trees.norm(g)
+            wide = trees.accumulator(g)
+            peak = jnp.max(jnp.abs(wide), initial=0.0)  # its square may overflow
+            peak = jnp.where(peak > 0, peak, 1.0)
+            norm = peak * trees.norm(wide / peak)
             too_long = norm > bound  # so a norm of 0 never divides
             factor = jnp.where(too_long, bound / jnp.where(too_long, norm, 1.0), 1.0)
-            return (g * factor).astype(g.dtype)
+            return (wide * factor).astype(g.dtype)
 
         count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.map(clip, updates), ClipByLeafNormState(count)

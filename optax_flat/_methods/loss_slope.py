@@ -32,7 +32,7 @@ class LossSlopeState(NamedTuple):
     scale: jax.Array  # [], what updates are multiplied by
     losses: jax.Array  # [patience], a ring
     stored: jax.Array  # int32, [], losses in the ring
-    newest: jax.Array  # int32, [], place of the next loss in the ring
+    next_index: jax.Array  # int32, [], where the next loss goes, over the oldest
     unchecked: jax.Array  # int32, [], losses since the last check
 
 
@@ -56,7 +56,8 @@ def scale_by_loss_slope(
     above their 90th percentile. Then the oldest 400 + `patience` // 10 are forgotten,
     so up to a patience of 444 it starts from nothing.
 
-    Put it behind the optimizer and give `update` the loss::
+    Put it behind an optimizer whose params stand where they are evaluated (not behind
+    `multipoint_nesterov`, nor a walk in transparent mode) and give `update` the loss::
 
         tx = optax.chain(optax.adam(1e-3), optax_flat.scale_by_loss_slope())
         updates, state = tx.update(grads, state, params, value=loss)
@@ -64,11 +65,12 @@ def scale_by_loss_slope(
     `make_train_step` does so itself. The loss of a minibatch will do. The new scale
     holds from the update that was given the deciding loss;
     ``optax.tree.get(state, "scale")`` reads it. Losses that are not finite are left
-    out. With several devices all must be given the same loss.
+    out. With several devices all must be given the same loss; `optax.MultiSteps` hands
+    on the loss of the last micro-batch only.
 
     Args:
-      patience: losses in the window, >= 3. Pure noise lowers the rate within less than
-        a window of updates, so it should span the slowest progress worth waiting for.
+      patience: losses in the window, >= 3. Pure noise lowers the rate soon after the
+        window has filled, so it should span the slowest progress worth waiting for.
       factor: what the scale is multiplied by, in (0, 1].
       min_scale: the scale never falls below, in [0, 1].
 
@@ -133,41 +135,49 @@ def scale_by_loss_slope(
                 "tx.update(grads, opt_state, params, value=loss), or use "
                 "optax_flat.training.make_train_step."
             )
+        if jnp.shape(value) != ():
+            raise ValueError(
+                "`value` must be the loss, a scalar, got an array of shape "
+                f"{jnp.shape(value)}. Average it first."
+            )
         loss = jnp.asarray(value, state.losses.dtype)
         given = jnp.isfinite(loss).astype(jnp.int32)
-        losses = jnp.where(given, state.losses.at[state.newest].set(loss), state.losses)
-        newest = (state.newest + given) % patience
+        place = state.next_index
+        losses = jnp.where(given, state.losses.at[place].set(loss), state.losses)
+        next_index = (place + given) % patience
         stored = jnp.minimum(state.stored + given, patience)
         unchecked = state.unchecked + given
         due = (unchecked >= every) & (given == 1)
-        falls = jax.lax.cond(
-            due & (stored == patience),
-            lambda losses, oldest: _has_stopped(jnp.roll(losses, -oldest)),
-            lambda losses, oldest: jnp.array(False),
-            losses, newest,
-        )  # fmt: skip
+        stopped = jax.lax.cond(
+            due & (stored == patience), _has_stopped, _goes_on, losses, next_index
+        )
         lowered = jnp.maximum(
             state.scale * at(factor, state.count), at(min_scale, state.count)
         )
-        scale = jnp.where(falls, lowered, state.scale).astype(state.scale.dtype)
+        scale = jnp.where(stopped, lowered, state.scale).astype(state.scale.dtype)
         scaled = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
         return scaled, LossSlopeState(
             jnp.asarray(optax.safe_increment(state.count)),
             scale,
             losses,
-            jnp.where(falls, stored - forgotten, stored),
-            newest,
+            jnp.where(stopped, stored - forgotten, stored),
+            next_index,
             jnp.where(due, 0, unchecked),
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _has_stopped(losses):
-    """Whether neither the losses, oldest first, nor those without spikes fall."""
+def _goes_on(losses, oldest):
+    del losses, oldest
+    return jnp.array(False)
+
+
+def _has_stopped(losses, oldest):
+    """Whether the losses do not fall, with and without spikes; `oldest` is first."""
     n = losses.size
     # Equal losses are zeros then, not rounding errors of their mean.
-    losses = losses - losses[0]
+    losses = jnp.roll(losses, -oldest) - jnp.min(losses)
     quantile = jnp.sort(losses)[math.floor(0.9 * (n - 1) + 0.5)]
     everything = jnp.ones(n, bool)
     return (_falls(losses, everything) < THRESHOLD) & (

@@ -43,7 +43,6 @@ class _Inner(NamedTuple):
     """The nodes of one update; the trees are in the accumulator dtype."""
 
     anchor: optax.Params  # theta
-    step: optax.Updates  # m v
     taken: jax.Array  # int32, [], gradients consumed
     point: optax.Params
     total: optax.Updates  # sum of a_i g_i so far
@@ -89,6 +88,11 @@ def multipoint_nesterov(
     minibatch at all nodes: pass the same one for each, or in scanned mode a `grad_fn`
     that closes over it and ignores its second argument. On a quadratic
     only the mean node :math:`\sum_i a_i c_i` matters.
+
+    Nothing may alter the updates behind this method, in either mode: :math:`\theta` is
+    kept as a distance from where they lead. Scale by the schedule `learning_rate`, and
+    clip in `inner_transform` or in front. Give a moving `momentum` as a schedule: the
+    first node reads it one update ahead, which `optax.inject_hyperparams` cannot.
 
     Args:
       learning_rate: :math:`\eta`, >= 0. It is inside the buffer v.
@@ -148,7 +152,6 @@ def multipoint_nesterov(
     checks.number("momentum", momentum, 0.0, 1.0)
     nodes, weights = _check_rule(nodes, weights)
     checks.float_dtype("accumulator_dtype", accumulator_dtype)
-    c, a = jnp.asarray(nodes, float), jnp.asarray(weights, float)
 
     def init(params):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
@@ -156,32 +159,30 @@ def multipoint_nesterov(
 
     def start(memory, params):
         point = trees.accumulator(params, accumulator_dtype)
-        step = optax.tree.scale(at(momentum, memory.count), memory.mu)
-        zeros = optax.tree.zeros_like(point)
-        taken = jnp.zeros([], jnp.int32)
         anchor = optax.tree.add(point, memory.offset)
-        return trees.cast_like(
-            _Inner(anchor, step, taken, point, zeros),
-            _Inner(point, zeros, taken, point, zeros),
-        )
+        zeros = optax.tree.zeros_like(point)
+        return _Inner(anchor, jnp.zeros([], jnp.int32), point, zeros)
 
     def step(memory, inner, grads):
-        del memory
-        total = jax.tree.map(lambda t, g: t + a[inner.taken] * g, inner.total, grads)
-        taken = inner.taken + 1
+        m, taken = at(momentum, memory.count), inner.taken + 1
+        weight = jnp.asarray(weights, float)[inner.taken]
         # Behind the last node the point is not used.
-        ahead = c[jnp.minimum(taken, len(nodes) - 1)]
-        point = jax.tree.map(lambda x, s: x - ahead * s, inner.anchor, inner.step)
+        ahead = jnp.asarray(nodes, float)[jnp.minimum(taken, len(nodes) - 1)]
+        total = jax.tree.map(lambda t, g: t + weight * g, inner.total, grads)
+        point = jax.tree.map(lambda x, v: x - ahead * m * v, inner.anchor, memory.mu)
         return inner._replace(taken=taken, point=point, total=total)
 
     def finish(memory, inner, params):
-        rate = at(learning_rate, memory.count)
-        v = jax.tree.map(lambda s, t: s + rate * t, inner.step, inner.total)
+        rate, m = (at(x, memory.count) for x in (learning_rate, momentum))
+        v = jax.tree.map(lambda v, t: m * v + rate * t, memory.mu, inner.total)
         count = jnp.asarray(optax.safe_increment(memory.count))
-        offset = optax.tree.scale(nodes[0] * at(momentum, count), v)
-        updates = jax.tree.map(
-            lambda x, v, o, p: x - v - o - p, inner.anchor, v, offset, params
-        )
+        theta = optax.tree.sub(inner.anchor, v)
+        ahead = nodes[0] * at(momentum, count)
+        # From where the params are after rounding, so that theta loses nothing by it.
+        updates = jax.tree.map(lambda x, v, p: x - ahead * v - p, theta, v, params)
+        updates = trees.rounded_like(updates, params)
+        params = trees.rounded_like(optax.tree.add(params, updates), params)
+        offset = optax.tree.sub(theta, params)
         return updates, MultipointNesterovState(count, v, offset)
 
     return modes.build(
@@ -217,19 +218,16 @@ def _check_rule(nodes, weights):
             f"`weights` must be one number for each of the {len(nodes)} nodes, got "
             f"{len(weights)}: {weights}."
         )
-    total = math.fsum(weights)
+    total = sum(weights)
     if not math.isclose(total, 1.0, abs_tol=1e-6):
         raise ValueError(
-            f"`weights` must sum to 1, got {weights} with sum {total:g}. Divide them "
-            "by their sum and multiply the learning rate by it."
+            f"`weights` must be finite and sum to 1, got {weights} with sum {total:g}. "
+            "The size of the steps is the learning rate's."
         )
     return nodes, weights
 
 
 def _floats(name, values):
-    try:
-        return tuple(float(value) for value in values)
-    except TypeError as error:
-        raise TypeError(
-            f"`{name}` must be a sequence of floats, got {values!r}."
-        ) from error
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise TypeError(f"`{name}` must be a sequence of floats, got {values!r}.")
+    return tuple(checks.constant(f"{name}[{i}]", x) for i, x in enumerate(values))
