@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint format docs clean
+.PHONY: demo gallery test lint format docs clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
@@ -15,6 +15,9 @@ BIN := .venv/bin
 # DATA=mnist.npz trains on that file instead of scikit-learn's digits.
 demo: .venv/.installed
 	$(BIN)/python examples/compare_digits.py $(if $(DATA),--data $(DATA))
+
+gallery: .venv/.installed
+	$(BIN)/python examples/gallery.py --out docs/gallery
 
 test: .venv/.installed
 	$(BIN)/python -m pytest -q -n 2 --dist worksteal
