@@ -22,18 +22,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matfree.decomp
-import matfree.stochtrace
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from flax import linen as nn
-from jax.flatten_util import ravel_pytree
 from matplotlib.ticker import LogLocator
 from scipy.stats import t
 from tqdm.auto import tqdm
 
 import optax_flat
+from optax_flat.flatness import top_eigenvalues, trace
 from optax_flat.training import History, make_train_step
 
 WALK = 20  # gradients per update of the entropy methods
@@ -227,23 +225,11 @@ def train(task: Task, method: Method, options, bar: tqdm) -> list[Run]:
 def curvature(loss_fn, params, batch, key):
     """Largest Hessian eigenvalue, trace, and the standard error of the trace.
 
-    Lanczos with full reorthogonalisation (30 Hessian-vector products) and Hutchinson's
-    estimator (50), both from matfree.
+    By 31 and 50 Hessian-vector products.
     """
-    flat, unravel = ravel_pytree(params)
-    gradient = jax.grad(lambda flat: loss_fn(unravel(flat), batch))
-
-    def hvp(vector):
-        return jax.jvp(gradient, (flat,), (vector,))[1]
-
-    lanczos_key, trace_key = jax.random.split(key)
-    start = jax.random.normal(lanczos_key, flat.shape)
-    lanczos = matfree.decomp.tridiag_sym(min(30, flat.size), custom_vjp=False)
-    top = jnp.linalg.eigvalsh(lanczos(hvp, start).J_small)[-1]
-    samples = matfree.stochtrace.sampler_signs(flat, num=50)(trace_key)
-    products = jax.lax.map(lambda v: v @ hvp(v), samples)
-    error = products.std(ddof=1) / jnp.sqrt(len(products))
-    return top, products.mean(), error
+    top_key, trace_key = jax.random.split(key)
+    top = top_eigenvalues(loss_fn, params, batch, num_matvecs=30, key=top_key)
+    return top.values[0], *trace(loss_fn, params, batch, num_samples=50, key=trace_key)
 
 
 def mean_and_deviation(values) -> tuple[float, float]:

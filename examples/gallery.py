@@ -11,6 +11,7 @@ a learning-rate schedule that reads the loss, against the one in numpy-ml.
 """
 
 import argparse
+import functools
 import io
 import json
 from collections.abc import Callable
@@ -52,7 +53,7 @@ class AheadInTime:
         )
         self.length = {"geometric": 3, "four": 4}.get(rule.get("nodes"), 1)
 
-    def __call__(self, signal) -> optax.GradientTransformation:
+    def on(self, signal) -> optax.GradientTransformation:
         """The rule as an optimizer that knows the signal."""
         moments = jnp.arange(len(signal), dtype=signal.dtype)
 
@@ -258,17 +259,28 @@ def response(name: str, size: Size) -> Figure:
     """One rule on all signals."""
     chosen = list(signals(size.length, key=0).items())[: size.signals]
     shown = {name.replace("_", " "): signal for name, signal in chosen}
-    return plotting.gradient_response(first(RESPONSES[name], size), shown)
+    methods = first(RESPONSES[name], size)
+    for label, rule in methods.items():
+        if isinstance(rule, AheadInTime):
+            methods[label] = {name: rule.on(signal) for name, signal in shown.items()}
+    return plotting.gradient_response(methods, shown)
+
+
+@functools.cache
+def flat_paths(name: str, size: Size) -> jax.Array:
+    """The runs of a flat-minima method, which up to three pictures show."""
+    (source,) = [group[name] for group in FLAT.values() if name in group]
+    return plotting.paths(
+        source, wide_and_narrow, num_steps=size.flat_steps, seeds=size.seeds
+    )
 
 
 def flat_ends(size: Size) -> tuple[Figure, list[dict]]:
     """Where the runs of every flat-minima method end, as bars and as rows."""
     rows = []
     groups = [first(group, size) for group in FLAT.values()]
-    for name, source in [item for group in groups for item in group.items()]:
-        ends = plotting.paths(
-            source, wide_and_narrow, num_steps=size.flat_steps, seeds=size.seeds
-        )[:, -1]
+    for name in [name for group in groups for name in group]:
+        ends = flat_paths(name, size)[:, -1]
         hole, valley = (
             np.linalg.norm(ends - centre, axis=1) < radius
             for centre, radius in zip(wide_and_narrow.minima, (0.5, 1.0), strict=True)
@@ -350,16 +362,14 @@ def pictures(size: Size) -> dict[str, Callable]:
     )  # fmt: skip
     for group, methods in FLAT.items():
         made[f"flat_{group}"] = lambda methods=methods: plotting.trajectory(
-            first(methods, size),
+            {name: flat_paths(name, size) for name in first(methods, size)},
             wide_and_narrow,
             num_steps=size.flat_steps,
-            seeds=size.seeds,
         )
     made["flat_ends"] = lambda: flat_ends(size)
-    every = {name: tx for group in FLAT.values() for name, tx in group.items()}
     made["flat.gif"] = lambda path: plotting.animate(
-        first({name: every[name] for name in MOVING}, size), wide_and_narrow, path,
-        num_steps=size.flat_steps, seeds=size.seeds, frames=size.frames, trail=40,
+        {name: flat_paths(name, size) for name in MOVING[: size.methods]},
+        wide_and_narrow, path, num_steps=size.flat_steps, frames=size.frames, trail=40,
         dpi=80,
     )  # fmt: skip
     made["king"] = king

@@ -2,6 +2,7 @@
 
 from importlib.metadata import version as _version
 
+from optax_flat import flatness as flatness
 from optax_flat import plotting as plotting
 from optax_flat import problems as problems
 from optax_flat import schedules as schedules

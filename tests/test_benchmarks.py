@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 
 # Started a second time; the others would do the same, and compile for longer.
 RESUMED = ("step_time", "update_time")
@@ -21,7 +22,11 @@ METHODS = {
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
     "ensemble_time": ["ensemble_kalman"],
     "mnist_ensemble": ["adam_perturbation", "eki"],
+    "flatness_time": ["top_eigenvalue", "trace_eight_batches"],
+    "flat_study": ["sgd", "entropy_sgd"],
 }
+# What the rows are called, if not like the methods.
+ROWS = {"flat_study": "random-noisy-mlp/{}/x1"}
 
 
 @pytest.fixture
@@ -61,11 +66,12 @@ def numbers(row):
 @pytest.mark.parametrize("script", METHODS)
 def test_runs_and_resumes(script, tmp_path):
     methods = METHODS[script]
+    named = ROWS.get(script, "{}")
     options = ["--smoke", "--seeds", 1, "--methods", ",".join(methods)]
     done = start(script, tmp_path, *options)
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path)
-    assert list(rows) == [(method, 0) for method in methods]
+    assert list(rows) == [(named.format(method), 0) for method in methods]
     for row in rows.values():
         assert {"gradient_evaluations", "forward_passes", "seconds"} <= row.keys()
         assert all(math.isfinite(value) for value in numbers(row))
@@ -216,3 +222,29 @@ def test_checkpoint(harness, tmp_path):
     assert found["key"] == state["key"]
     run.delete()
     assert not (tmp_path / "run").exists()
+
+
+def test_kendalls_tau_agrees_with_scipy(harness):
+    correlation = pytest.importorskip("correlation")
+    random = np.random.default_rng(0)
+    x, y = random.integers(6, size=(2, 20))  # with ties
+    counts = np.stack([np.ones(20), np.arange(20) % 3])
+    expected = [
+        scipy.stats.kendalltau(*(np.repeat(z, count.astype(int)) for z in (x, y)))[0]
+        for count in counts
+    ]
+    np.testing.assert_allclose(correlation.taus(x, y, counts), expected)
+    np.testing.assert_array_equal(correlation.taus(x, 0 * y, counts), 0.0)
+
+
+def test_correlations_compare_only_within_cells(harness):
+    """In either cell the gap falls with the measure; over both together it rises."""
+    correlation = pytest.importorskip("correlation")
+    cells = {
+        cell: [{"a": shift + i, "gap": shift - i} for i in range(10)]
+        for cell, shift in {"low": 0, "high": 100}.items()
+    }
+    found = correlation.correlations(cells, {"all": list(cells)}, ["a"], ["gap"])
+    assert [row["cell"] for row in found] == ["all", "low", "high"]
+    assert all(row["tau"] == row["low"] == row["high"] == -1 for row in found)
+    assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found)

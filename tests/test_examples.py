@@ -10,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
+
+from optax_flat.flatness import Report
+from optax_flat.plotting import responses
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 MODES = ("scanned", "transparent")
@@ -183,3 +187,57 @@ def test_no_gradients():
         assert (run["moved"] == 0) == (name == "Adam, backpropagation")
     accuracy = {name: run["accuracy"] for name, (run,) in results.items()}
     assert accuracy["ensemble Kalman, resampled"] > accuracy["Adam, backpropagation"]
+
+
+def test_gallery(tmp_path, capsys):
+    """Smoke pictures of every kind; the full set is what is in the documentation."""
+    example = load("gallery")
+    written = example.main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert sorted(tmp_path.iterdir()) == sorted(written)
+    assert {path.stem for path in written} >= {"wobbly_rules", "flat_ends", "king"}
+    for path in written:
+        with Image.open(path) as image:
+            assert getattr(image, "n_frames", 1) == (3 if path.suffix == ".gif" else 1)
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+    assert shown.count("method: ") == len(example.FLAT)
+    docs = EXAMPLES.parent / "docs"
+    names = {n if "." in n else f"{n}.png" for n in example.pictures(example.FULL)}
+    assert {path.name for path in (docs / "gallery").iterdir()} == names
+    text = (docs / "gallery.md").read_text()
+    assert all(f"(gallery/{name})" in text for name in names)
+
+
+def test_gallery_reads_signals_ahead():
+    """Against a loop over the formula, with two of three nodes between samples."""
+    signal = np.sin(np.arange(30.0) / 3).astype(np.float32)
+    rule = load("gallery").AheadInTime(0.9, nodes="geometric")
+    steps, v = [], 0.0
+    for t in range(30):
+        moments = t + 0.9 * v * np.array([1 / 2, 3 / 4, 1.0])
+        ahead = np.interp(moments, np.arange(30), signal, left=0, right=0)
+        v = 0.9 * v + 0.25 * ahead @ np.array([1, 2, 4]) / 7
+        steps.append(v)
+    np.testing.assert_allclose(responses(rule.on(signal), signal), steps, atol=1e-5)
+
+
+def test_gallery_of_a_few(tmp_path):
+    example = load("gallery")
+    out = ["--out", str(tmp_path)]
+    example.main(["--smoke", "--only", "king", *out])
+    assert [path.name for path in tmp_path.iterdir()] == ["king.png"]
+    with pytest.raises(SystemExit, match="No picture's name starts so"):
+        example.main(["--only", "queen", *out])
+
+
+def test_flatness_report(tmp_path, capsys):
+    reports = load("flatness_report").main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert list(reports) == ["Adam", "Entropy-Adam"]
+    for name, found in reports.items():
+        assert found.loss < 0.5 and found.top_eigenvalues.values[0] > 0
+        assert str(found) in shown
+        again = Report.from_json(tmp_path / f"{name}.json")
+        assert again.to_json() == found.to_json()
+    for picture in ("flatness_report.png", "landscape.png"):
+        assert (tmp_path / picture).stat().st_size > 10_000

@@ -1,10 +1,15 @@
 """The runs behind the pictures against loops and closed forms; what pictures hold."""
 
+import dataclasses
+import gc
+import io
 import subprocess
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
+import matplotlib.animation
 import numpy as np
 import optax
 import pytest
@@ -13,6 +18,7 @@ from PIL import Image
 
 import optax_flat
 from optax_flat import plotting
+from optax_flat.flatness import Cost, Density, Estimate, Line, Plane, Report
 from optax_flat.problems import Problem
 from optax_flat.training import History
 
@@ -38,6 +44,10 @@ def walk(mode, num_steps=4):
     return optax_flat.entropy_sgd(
         0.5, momentum=0.9, num_steps=num_steps, noise=0.0, mode=mode, key=0
     )
+
+
+def noisy(key):
+    return optax_flat.sgld(0.1, temperature=0.1, key=key)
 
 
 def descent(rate, steps, start=BOWL.start):
@@ -130,11 +140,99 @@ def test_gradient_response_draws_every_response():
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
 
 
+def test_gradient_response_of_several_seeds_and_of_a_rule_for_each_signal():
+    """Functions of a key have a thin line per run; mappings have what they say."""
+    signals = {"waves": SIGNAL, "step": np.ones(7)}
+    rules = {name: optax.sgd(1 / len(signal)) for name, signal in signals.items()}
+    seeds = {"seeds": 3, "key": 5}
+    figure = plotting.gradient_response(
+        {"SGLD": noisy, "by length": rules}, signals, **seeds
+    )
+    for axes, signal in zip(figure.axes[::2], signals.values(), strict=True):
+        first, *others, by_length = axes.get_lines()
+        np.testing.assert_allclose(
+            by_length.get_ydata(), signal / len(signal), atol=1e-6
+        )
+        sgld = [line.get_ydata() for line in (first, *others)]
+        np.testing.assert_array_equal(sgld, plotting.responses(noisy, signal, **seeds))
+        assert not np.allclose(sgld[0], sgld[1])
+        assert first.get_linewidth() < by_length.get_linewidth()
+    assert len(figure.legends[0].get_texts()) == 2
+
+
+def test_what_a_method_reads_from_outside_may_change():
+    """Nothing is remembered between pictures, neither numbers nor methods."""
+    rate = 0.1
+
+    class Make:
+        def __call__(self, key):
+            return optax.sgd(rate)
+
+    make = Make()
+    for rate in (0.1, 0.2):
+        (path,) = plotting.paths(make, BOWL, num_steps=5)
+        np.testing.assert_allclose(path, descent(rate, 5), rtol=1e-5)
+    alive = weakref.ref(make)
+    del make
+    gc.collect()
+    assert alive() is None
+
+
+def test_unhashable_functions_make_methods():
+    @dataclasses.dataclass
+    class Rule:
+        rate: float
+
+        def __call__(self, key):
+            return optax.sgd(self.rate)
+
+    steps = plotting.responses(Rule(0.25), SIGNAL)
+    np.testing.assert_allclose(steps, 0.25 * SIGNAL[None], atol=1e-6)
+
+
+def test_one_program_for_all_signals_of_a_length():
+    traced = []
+
+    def make(key):
+        traced.append(isinstance(key, jax.core.Tracer))
+        return SGD
+
+    plotting.gradient_response({"SGD": make}, {"a": SIGNAL, "b": -SIGNAL, "c": [1.0]})
+    assert sum(traced) == 2
+
+
+def test_pictures_share_positions():
+    """What `paths` returned is drawn as if its method had been given."""
+    paths = plotting.paths(noisy, BOWL, num_steps=6, seeds=2)
+    settings = {"num_steps": 6, "seeds": 2}
+    (given,) = plotting.trajectory({"SGLD": paths}, BOWL, **settings).axes
+    (run,) = plotting.trajectory({"SGLD": noisy}, BOWL, **settings).axes
+    np.testing.assert_array_equal(drawn(given), drawn(run))
+    with pytest.raises(ValueError, match=r"\['a'\]` must have shape .* \(2, 7, 2\)"):
+        plotting.trajectory({"a": paths}, BOWL, num_steps=5)
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: plotting.gradient_response({"SGD": SGD}, {"waves": SIGNAL}),
+        lambda: plotting.trajectory({"SGD": SGD}, BOWL, num_steps=3),
+        lambda: plotting.history(recorded(2)),
+    ],
+    ids=["gradient_response", "trajectory", "history"],
+)
+def test_figures_are_rendered(draw):
+    buffer = io.BytesIO()
+    draw().savefig(buffer)
+    with Image.open(buffer) as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
 def test_trajectory_draws_every_path():
     """Seeds differ; a path that diverged is cut off, and the legend says so."""
     transforms = {
         "SGD": SGD,
-        "SGLD": lambda key: optax_flat.sgld(0.1, temperature=0.1, key=key),
+        "SGLD": noisy,
         "fast": optax.sgd(1e10),
     }
     figure = plotting.trajectory(transforms, BOWL, num_steps=12, seeds=2)
@@ -145,8 +243,10 @@ def test_trajectory_draws_every_path():
     assert not np.allclose(*sgld)
     assert len(fast) < 10 and np.isfinite(fast).all()
     marks = labelled(axes)
-    (mean,) = marks["SGLD"].get_xydata()
-    np.testing.assert_allclose(mean, (sgld[0][-1] + sgld[1][-1]) / 2, rtol=1e-6)
+    ends = marks["SGLD"].get_xydata()
+    np.testing.assert_array_equal(ends, [sgld[0][-1], sgld[1][-1]])
+    paths = plotting.paths(transforms["SGLD"], BOWL, num_steps=12, seeds=2)
+    np.testing.assert_array_equal(paths, sgld)
     np.testing.assert_allclose(marks["start"].get_xydata(), [BOWL.start])
     np.testing.assert_allclose(marks["minimum"].get_xydata(), BOWL.minima)
     names = ["start", "minimum", "SGD", "SGLD", "fast (diverged)"]
@@ -191,6 +291,23 @@ def test_animation_has_its_frames(tmp_path):
     assert blue[1] > blue[0] > 0
 
 
+def test_animation_with_a_trail(tmp_path, monkeypatch):
+    shown, show = [], plotting.surface.Paths.show
+
+    def spy(self, gradients, trail):
+        show(self, gradients, trail)
+        shown.append(self._drawn[0][1][0].get_xydata())
+
+    monkeypatch.setattr(plotting.surface.Paths, "show", spy)
+    plotting.animate(
+        {"SGD": SGD}, BOWL, tmp_path / "bowl.gif", num_steps=6, frames=3, trail=2,
+        dpi=20,
+    )  # fmt: skip
+    path = plotting.paths(SGD, BOWL, num_steps=6)
+    for line, part in zip(shown, (path[:1], path[1:4], path[4:]), strict=True):
+        np.testing.assert_array_equal(line, part)
+
+
 def test_animation_does_not_repeat_frames(tmp_path):
     path = plotting.animate(
         {"SGD": SGD}, BOWL, tmp_path / "bowl.gif", num_steps=2, frames=50, dpi=20
@@ -199,10 +316,45 @@ def test_animation_does_not_repeat_frames(tmp_path):
         assert image.n_frames == 3
 
 
+@pytest.mark.parametrize(("fps", "milliseconds"), [(15, 70), (30, 30), (50, 20)])
+def test_gif_keeps_its_frame_rate(fps, milliseconds, tmp_path):
+    path = plotting.animate(
+        {"SGD": SGD}, BOWL, tmp_path / "bowl.gif", num_steps=2, fps=fps, dpi=10
+    )
+    durations = []
+    with Image.open(path) as image:
+        for frame in range(image.n_frames):
+            image.seek(frame)
+            durations.append(image.info["duration"])
+    assert durations == [milliseconds, milliseconds, 2000]
+
+
+def test_palette_of_few_colours():
+    """Of a plain image too."""
+    image = Image.new("RGB", (3, 3), "#0072B2")
+    palette = plotting.animation._palette(image)
+    same = image.quantize(palette=palette).convert("RGB")
+    assert same.getcolors() == image.getcolors()
+
+
+@pytest.mark.skipif(
+    not matplotlib.animation.FFMpegWriter.isAvailable(), reason="ffmpeg is missing"
+)
+def test_mp4(tmp_path):
+    path = plotting.animate(
+        {"SGD": SGD}, BOWL, tmp_path / "bowl.mp4", num_steps=3, fps=60, dpi=20
+    )
+    assert path.read_bytes()[4:8] == b"ftyp"
+
+
 def test_mp4_without_ffmpeg(tmp_path, monkeypatch):
     from matplotlib.animation import FFMpegWriter
 
+    def runs(*args):
+        raise AssertionError("runs were made for nothing")
+
     monkeypatch.setattr(FFMpegWriter, "isAvailable", lambda: False)
+    monkeypatch.setattr(plotting.animation, "prepare", runs)
     with pytest.raises(RuntimeError, match=r"Install ffmpeg.* or write a \.gif"):
         plotting.animate({"SGD": SGD}, BOWL, tmp_path / "bowl.mp4")
     assert not list(tmp_path.iterdir())
@@ -241,13 +393,115 @@ def test_history_of_one_run(tmp_path):
     assert path.read_text() == before
 
 
+A = np.linspace(-1.0, 1.0, 5)
+LINES = {"flat": Line(A, A**2), "sharp": Line(A, 9 * A**2)}
+DENSITIES = {
+    "one": Density(A, np.array([0.1, 1.0, 8.0, 1.0, 0.0])),
+    "two": Density(2 * A, np.array([0.0, 0.5, 4.0, 0.5, 0.01])),
+}
+
+
+def minimum(scale, **measures):
+    """A report without the work."""
+    measures = {
+        "trace": Estimate(3.0 * scale, 0.1),
+        "local_entropy": Estimate(-scale, 0.1),
+        "random_line": Line(A, scale * A**2),
+    } | measures
+    costs = {name: Cost(seconds=1.0) for name in measures}
+    return Report(num_parameters=4, settings={}, costs=costs, **measures)
+
+
+def test_landscape_of_lines():
+    figure = plotting.landscape(LINES, log_scale=True)
+    (axes,) = figure.axes
+    drawn = labelled(axes)
+    for name, line in LINES.items():
+        np.testing.assert_array_equal(drawn[name].get_xydata().T, line)
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_yscale()) == (
+        "position along the direction", "loss", "log",
+    )  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(LINES)
+    alone = plotting.landscape(LINES["flat"])
+    assert not alone.legends
+    np.testing.assert_array_equal(alone.axes[0].get_lines()[-1].get_ydata(), A**2)
+
+
+def test_landscape_of_a_plane():
+    """Levels are closer where the loss is low; what is no number has no contour."""
+    y = np.linspace(0.0, 2.0, 4)
+    losses = 1.0 + A**2 + 100 * y[:, None] ** 2
+    losses[3, 4] = np.nan
+    points = {"Adam": (0.0, 0.0), "SAM": (1.0, 0.5)}
+    figure = plotting.landscape(Plane(A, y, losses), points=points)
+    axes, bar = figure.axes
+    levels = axes.collections[0].levels
+    assert levels[0] == 1.0 and levels[-1] == np.nanmax(losses)
+    ratios = np.diff(levels)[2:] / np.diff(levels)[1:-1]
+    np.testing.assert_allclose(ratios, ratios[0])
+    assert ratios[0] > 1.5
+    assert (axes.get_xlim(), axes.get_ylim()) == ((-1.0, 1.0), (0.0, 2.0))
+    assert "first direction" in axes.get_xlabel()
+    assert "second direction" in axes.get_ylabel()
+    assert bar.get_ylabel() == "loss"
+    for name, line in labelled(axes).items():
+        assert tuple(*line.get_xydata()) == points[name]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(points)
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, 1e30])
+def test_landscape_without_levels(value):
+    flat = Plane(A, A, np.full((5, 5), value))
+    assert len(plotting.landscape(flat).axes) == 1
+
+
+def test_spectrum_draws_every_density():
+    figure = plotting.spectrum(DENSITIES)
+    (axes,) = figure.axes
+    drawn = labelled(axes)
+    for name, density in DENSITIES.items():
+        np.testing.assert_array_equal(drawn[name].get_xydata().T, density)
+    assert axes.get_yscale() == "log" and axes.get_ylabel() == "density"
+    assert axes.get_xlabel() == "eigenvalue of the Hessian"
+    assert axes.get_xlim()[0] < -2.0  # what is negative is seen
+    assert 0.0 < axes.get_ylim()[0] < 0.01 and axes.get_ylim()[1] > 8.0
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+    assert not plotting.spectrum(DENSITIES["one"]).legends
+
+
+def test_report_draws_what_it_has():
+    found = {
+        "flat": minimum(1.0, spectral_density=DENSITIES["one"]),
+        "sharp": minimum(2.0, spectral_density=DENSITIES["two"]),
+    }
+    figure = plotting.report(found)
+    numbers, spectrum, line = figure.axes
+    titles = ["Measures", "Spectrum of the Hessian", "Along a random direction"]
+    assert [axes.get_title() for axes in figure.axes] == titles
+    assert [text.get_text() for text in numbers.get_yticklabels()] == ["trace"]
+    ends = [c.lines[0].get_xdata().item() for c in numbers.containers]
+    assert ends == [3.0, 6.0]
+    bars = numbers.containers[0].lines[2][0].get_segments()[0]
+    np.testing.assert_allclose(bars[:, 0], [2.8, 3.2])  # two standard errors
+    np.testing.assert_array_equal(labelled(line)["sharp"].get_ydata(), 2 * A**2)
+    assert set(DENSITIES["two"].grid) == set(labelled(spectrum)["sharp"].get_xdata())
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(found)
+    alone = found["flat"].plot()
+    assert [axes.get_title() for axes in alone.axes] == titles and not alone.legends
+    # A panel has all of them or is not drawn.
+    found["other"] = minimum(1.0)
+    assert len(plotting.report(found).axes) == 2
+
+
 def test_without_matplotlib_and_without_pyplot():
     code = """
 import io, sys
 sys.modules["matplotlib"] = None
 import optax
 from optax_flat import plotting, problems
+from optax_flat.flatness import Density, Line, Report
 from optax_flat.training import History
+line = Line([0.0, 1.0], [0.0, 1.0])
 tx = {"SGD": optax.sgd(0.1)}
 history = History()
 assert plotting.responses(tx["SGD"], [1.0]).shape == (1,)
@@ -256,6 +510,9 @@ for draw in (
     lambda: plotting.trajectory(tx, problems.wobbly),
     lambda: plotting.animate(tx, problems.wobbly, "never.gif"),
     lambda: plotting.history(history),
+    lambda: plotting.landscape(line),
+    lambda: plotting.spectrum(Density(*line)),
+    lambda: Report(num_parameters=1, settings={}, costs={}, random_line=line).plot(),
 ):
     try:
         draw()
@@ -297,6 +554,20 @@ CUBE = BOWL._replace(start=np.zeros(3), bounds=np.zeros((3, 2)))
             ValueError,
             "`problem.start` must be finite, got .*nan",
         ),
+        (
+            {"a": SGD},
+            BOWL._replace(function=lambda x: jnp.sum(x) * jnp.nan),
+            {"num_steps": 1},
+            ValueError,
+            "`problem.function` is NaN or infinite in the whole window",
+        ),
+        (
+            dict.fromkeys("abcdefgh", noisy),
+            BOWL,
+            {"seeds": 2},
+            ValueError,
+            "at most 7 methods where one is drawn in thin lines.* got 8",
+        ),
         ({"a": SGD}, BOWL, {"num_steps": 0}, ValueError, "`num_steps` .* >= 1, got 0"),
         ({"a": SGD}, BOWL, {"seeds": 0}, ValueError, "`seeds` must be an int >= 1"),
         ({"a": SGD}, BOWL, {"key": None}, ValueError, "`key` must be one typed key"),
@@ -330,7 +601,43 @@ def test_errors_of_trajectories(draw, transforms, problem, settings, error, word
         (
             lambda: plotting.animate({"a": SGD}, BOWL, "bowl.gif", fps=0.0),
             ValueError,
-            r"`fps` must lie in \(0, inf\), got 0",
+            r"`fps` must lie in \[0.01, inf\), got 0",
+        ),
+        (
+            lambda: plotting.animate({"a": SGD}, BOWL, "bowl.gif", fps=60),
+            ValueError,
+            r"`fps` must be at most 50 for a \.gif, got 60",
+        ),
+        (
+            lambda: plotting.animate({"a": SGD}, BOWL, "bowl.gif", dpi=5.0),
+            ValueError,
+            r"`dpi` must lie in \[10, inf\), got 5",
+        ),
+        (
+            lambda: plotting.gradient_response(
+                {"a": {"s": SGD}}, {"s": [1.0], "t": [1.0]}
+            ),
+            ValueError,
+            r"`transforms\['a'\]` must have one optimizer for each .*\['s', 't'\]",
+        ),
+        (
+            lambda: plotting.gradient_response({"a": walk("scanned")}, {"s": [1.0]}),
+            ValueError,
+            r"(?s)`transforms\['a'\]` spends 4 .*about `signals\['s'\]`",
+        ),
+        (
+            lambda: plotting.gradient_response(
+                {"a": lambda signal: optax.sgd(1 / len(signal))}, {"s": [1.0]}
+            ),
+            TypeError,
+            r"(?s)This is about `transforms\['a'\]`",
+        ),
+        (
+            lambda: plotting.gradient_response(
+                dict.fromkeys(map(str, range(22)), SGD), {"s": [1.0]}
+            ),
+            ValueError,
+            "`transforms` must hold at most 21 methods, got 22",
         ),
         (
             lambda: plotting.paths(0.1, BOWL),
@@ -353,7 +660,7 @@ def test_errors_of_trajectories(draw, transforms, problem, settings, error, word
             r"`signals\['s'\]` must be .* got shape \(0,\)",
         ),
         (
-            lambda: plotting.gradient_response({"a": jax.grad}, {"s": [1.0]}),
+            lambda: plotting.gradient_response({"a": 0.1}, {"s": [1.0]}),
             TypeError,
             r"`transforms\['a'\]` must be an optax",
         ),
@@ -366,6 +673,31 @@ def test_errors_of_trajectories(draw, transforms, problem, settings, error, word
             lambda: plotting.history({"a": [1.0]}),
             TypeError,
             r"`runs\['a'\]` must be an optax_flat.training.History or the path",
+        ),
+        (
+            lambda: plotting.landscape({"a": A}),
+            TypeError,
+            r"`losses\['a'\]` must be an optax_flat.flatness.Line",
+        ),
+        (
+            lambda: plotting.landscape(LINES, points={"a": (0, 0)}),
+            ValueError,
+            "`points` are of a plane",
+        ),
+        (
+            lambda: plotting.landscape(Plane(A, A, np.ones((5, 5))), points={"a": 1}),
+            ValueError,
+            r"`points` must be pairs \(x, y\) by name",
+        ),
+        (
+            lambda: plotting.spectrum({}),
+            ValueError,
+            "`densities` must hold at least one entry",
+        ),
+        (
+            lambda: plotting.report([1.0]),
+            TypeError,
+            "`reports` must be a mapping from names to Report objects",
         ),
         (
             lambda: plotting.history([1.0]),

@@ -10,8 +10,8 @@ def load(module: str, extra: str, user: str) -> Any:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         package = module.partition(".")[0]
-        if error.name not in (None, package):  # it is there, and broken
-            raise
+        if (error.name or package).partition(".")[0] != package:
+            raise  # it is there, and misses something of its own
         raise ImportError(
             f"{user} needs {package}: pip install 'optax_flat[{extra}]'."
         ) from error

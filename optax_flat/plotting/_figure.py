@@ -18,15 +18,20 @@ MARKERS = "osD^vP"
 
 def new_figure(width: float, height: float, *, layout: Any = "constrained") -> "Figure":
     """An empty figure of so many inches, 100 pixels each."""
-    matplotlib = extras.load("matplotlib.figure", "plot", "optax_flat.plotting")
-    return matplotlib.Figure(figsize=(width, height), dpi=100, layout=layout)
+    extras.load("matplotlib", "plot", "optax_flat.plotting")
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=100, layout=layout)
 
 
-def style(index: int) -> dict[str, Any]:
-    """Colour and line style of the method with this number."""
+def style(index: int, *, thin: bool = False) -> dict[str, Any]:
+    """Colour and line style of the method with this number.
+
+    Thin lines, those of several runs, are solid: dashes would not be seen.
+    """
     return {
         "color": COLOURS[index % len(COLOURS)],
-        "linestyle": LINES[index % len(LINES)],
+        "linestyle": LINES[0 if thin else index % len(LINES)],
     }
 
 
@@ -62,3 +67,25 @@ def check_names(name: str, value: Any, of_what: str) -> None:
             f"`{name}` must hold at least one entry, got an empty mapping. Give names "
             f"and {of_what}."
         )
+
+
+def check_count(name: str, number: int, *, thin: bool) -> None:
+    """Not more methods than differ in colour and line style."""
+    most = len(COLOURS) if thin else len(COLOURS) * len(LINES)
+    if number > most:
+        why = " where one is drawn in thin lines, one for each of its seeds" * thin
+        raise ValueError(
+            f"`{name}` must hold at most {most} methods{why}, got {number}: two would "
+            "look the same. Draw them in several figures."
+        )
+
+
+def check_kinds(name: str, value: Any, kind: type, kind_name: str) -> None:
+    """A mapping with at least one entry, each of one kind."""
+    check_names(name, value, f"{kind.__name__} objects")
+    for entry, found in value.items():
+        if not isinstance(found, kind):
+            raise TypeError(
+                f"`{name}[{entry!r}]` must be an {kind_name}, got {found!r} of type "
+                f"{type(found).__name__}."
+            )

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from optax_flat._core import checks
-from optax_flat.plotting._runs import Source
-from optax_flat.plotting.surface import Paths, draw_problem, prepare, set_title
+from optax_flat._core import checks, extras
+from optax_flat.plotting.surface import Drawn, Paths, draw_problem, prepare, set_title
 from optax_flat.problems import Problem
 
 if TYPE_CHECKING:
@@ -19,10 +18,12 @@ if TYPE_CHECKING:
 _SUFFIXES = (".gif", ".mp4")
 _FREQUENT, _RARE = 64, 128  # colours of a GIF, which keep it small
 _HOLD = 2.0  # seconds that the last frame of a GIF stays
+_FASTEST = 50  # frames per second of a GIF; programs slow faster ones down
+_COARSEST = 10  # dots per inch; with fewer the letters vanish, which FreeType refuses
 
 
 def animate(
-    transforms: Mapping[str, Source],
+    transforms: Mapping[str, Drawn],
     problem: Problem,
     path: str | os.PathLike[str],
     *,
@@ -30,6 +31,7 @@ def animate(
     seeds: int = 1,
     key: jax.typing.ArrayLike = 0,
     frames: int = 70,
+    trail: int | None = None,
     fps: float = 15.0,
     dpi: float = 100.0,
 ) -> Path:
@@ -39,23 +41,27 @@ def animate(
     number of gradients. A progress line is shown if tqdm is installed.
 
     Args:
-      transforms: optimizers, or functions ``key -> optimizer``, by name.
+      transforms: optimizers, functions ``key -> optimizer``, or positions that `paths`
+        returned, by name.
       problem: an `optax_flat.problems.Problem`.
       path: the file to write: ".gif", or ".mp4" if ffmpeg is installed.
       num_steps: gradient evaluations of each method, >= 1.
       seeds: runs of each function, >= 1.
       key: a typed or raw PRNG key, or an int.
       frames: number of pictures, >= 2; at most num_steps + 1 are drawn.
-      fps: frames per second, > 0.
-      dpi: pixels per inch, of which the picture is 8 wide and 5.6 high, > 0.
+      trail: gradients whose steps are drawn as a line behind each mark, >= 1; None
+        draws the whole path.
+      fps: frames per second, >= 0.01. Of a GIF at most 50, and a frame stays for
+        100 / fps hundredths of a second, rounded.
+      dpi: pixels per inch, of which the picture is 8 wide and 5.6 high, >= 10.
 
     Returns:
       The path of the file.
 
     Raises:
       TypeError: not a mapping, or a value that is no gradient transformation.
-      ValueError: another suffix, an empty mapping, a problem that is not
-        two-dimensional, a number that is too small.
+      ValueError: another suffix, a number that is too small, more than 50 frames per
+        second in a GIF, and where `trajectory` raises it.
       RuntimeError: an .mp4 is wanted and ffmpeg is not found.
       ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
 
@@ -77,11 +83,18 @@ def animate(
             "suffix chooses the format."
         )
     frames = checks.integer("frames", frames, 2)
-    fps = checks.constant("fps", fps, 0.0, open_low=True)
-    dpi = checks.constant("dpi", dpi, 0.0, open_low=True)
-    runs, figure = prepare(transforms, problem, num_steps, seeds, key)
+    if trail is not None:
+        trail = checks.integer("trail", trail, 1)
+    fps = checks.constant("fps", fps, 0.01)
+    dpi = checks.constant("dpi", dpi, float(_COARSEST))
     if path.suffix == ".mp4":
         _check_ffmpeg(path)
+    elif fps > _FASTEST:
+        raise ValueError(
+            f"`fps` must be at most {_FASTEST} for a .gif, got {fps:g}. Give less, or "
+            "write an .mp4."
+        )
+    runs, figure = prepare(transforms, problem, num_steps, seeds, key)
     figure.set_dpi(dpi)
     axes = draw_problem(figure, problem)
     lines = Paths(axes, runs)
@@ -90,7 +103,7 @@ def animate(
 
     def pictures() -> Iterator[None]:
         for gradients in _progress(moments, path.name):
-            lines.show(gradients)
+            lines.show(gradients, trail)
             set_title(axes, problem, gradients)
             yield
 
@@ -115,7 +128,8 @@ def _write_gif(figure: "Figure", pictures: Iterator[None], path: Path, fps: floa
     images = [
         image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images
     ]
-    durations = [1000 / fps] * (len(images) - 1) + [1000 * _HOLD]
+    # In milliseconds, of which the format keeps whole tens.
+    durations = [10 * round(100 / fps)] * (len(images) - 1) + [int(1000 * _HOLD)]
     images[0].save(
         path, save_all=True, append_images=images[1:], duration=durations, loop=0
     )
@@ -132,9 +146,16 @@ def _palette(image: Any) -> Any:
     pixels = np.asarray(image).reshape(-1, 3)
     colours, counts = np.unique(pixels, axis=0, return_counts=True)
     colours = colours[np.argsort(-counts)]
-    rare = Image.fromarray(colours[None, _FREQUENT:]).quantize(_RARE)
+    frequent, others = colours[:_FREQUENT], colours[_FREQUENT:]
+    rare = []
+    if len(others):
+        # All but equal colours are merged; the median cut would merge blue and green.
+        merged = Image.fromarray(others[None]).quantize(
+            _RARE, Image.Quantize.MAXCOVERAGE, kmeans=3
+        )
+        rare = merged.getpalette() or []
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*colours[:_FREQUENT].ravel(), *(rare.getpalette() or [])])
+    palette.putpalette([*frequent.ravel(), *rare])
     return palette
 
 
@@ -148,6 +169,7 @@ def _write_mp4(figure: "Figure", pictures: Iterator[None], path: Path, fps: floa
 
 
 def _check_ffmpeg(path):
+    extras.load("matplotlib", "plot", "optax_flat.plotting")
     from matplotlib.animation import FFMpegWriter
 
     if not FFMpegWriter.isAvailable():

@@ -2,23 +2,24 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.typing import ArrayLike
 
 from optax_flat._core import checks
 from optax_flat.plotting import _figure
-from optax_flat.plotting._runs import positions
+from optax_flat.plotting._runs import Source, make_runs, naming, split_keys
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def responses(tx: optax.GradientTransformation, signal: ArrayLike) -> jax.Array:
+def responses(
+    tx: Source, signal: ArrayLike, *, seeds: int = 1, key: ArrayLike = 0
+) -> jax.Array:
     r"""The steps that an optimizer makes when a signal is its gradient.
 
     .. math::
@@ -31,16 +32,20 @@ def responses(tx: optax.GradientTransformation, signal: ArrayLike) -> jax.Array:
     gradients answers at every L-th of them, in both modes, and is 0 in between.
 
     Args:
-      tx: any optimizer; one without gradients is given the loss.
+      tx: any optimizer, or a function ``key -> optimizer``; one without gradients is
+        given the loss.
       signal: the gradients, [T].
+      seeds: runs of a function, >= 1.
+      key: a typed or raw PRNG key, or an int, split into those of the runs.
 
     Returns:
       The steps downhill, minus the updates, [T], in the signal's dtype (at least the
-      default floating-point one).
+      default floating-point one); of a function, those of all its runs, [seeds, T].
 
     Raises:
       TypeError: `tx` is not a gradient transformation.
-      ValueError: the signal is not of shape [T] with T >= 1, or shorter than a walk.
+      ValueError: the signal is not of shape [T] with T >= 1, or shorter than a walk;
+        a wrong `seeds` or `key`.
 
     Example:
       Momentum goes on after the gradient has stopped:
@@ -51,31 +56,32 @@ def responses(tx: optax.GradientTransformation, signal: ArrayLike) -> jax.Array:
       >>> responses(tx, jnp.array([1.0, 0.0, 0.0, 0.0])).tolist()
       [1.0, 0.5, 0.25, 0.125]
     """
-    checks.transformation("tx", tx)
     gradients = _signal("signal", signal)
-    start = jnp.zeros([], gradients.dtype)
-    keys = jax.random.key(0)[None]
-    stands = positions(tx, _parameter, start, gradients, keys)[0]
-    return -jnp.diff(stands)
+    steps = _make_steps("tx", tx, gradients.dtype, split_keys(seeds, key))(gradients)
+    return steps if callable(tx) else steps[0]
 
 
 def gradient_response(
-    transforms: Mapping[
-        str, optax.GradientTransformation | Callable[[jax.Array], Any]
-    ],
+    transforms: Mapping[str, Source | Mapping[str, Source]],
     signals: Mapping[str, ArrayLike],
     *,
+    seeds: int = 1,
+    key: ArrayLike = 0,
     columns: int = 2,
 ) -> "Figure":
     """Draws the steps of optimizers above the signals that they get as gradients.
 
-    A panel per signal: above the steps, one line per optimizer, see `responses`; below
-    the signal, in grey. All panels share the colours and line styles of the legend.
+    A panel per signal: above the steps, one line per run, see `responses`; below the
+    signal, in grey. All panels share the colours and line styles of the legend.
 
     Args:
-      transforms: optimizers by name; or functions ``signal -> optimizer``, which make
-        one for each signal, such as a rule that reads the signal ahead.
+      transforms: optimizers by name. A function ``key -> optimizer`` is drawn `seeds`
+        times, in thin lines. A mapping ``{signal's name: optimizer}`` has another one
+        for each signal, such as a rule that was made to read that signal ahead.
       signals: gradients by name, each [T]; lengths may differ.
+      seeds: runs of each function, >= 1.
+      key: a typed or raw PRNG key, or an int; every function is given the same keys,
+        split from it.
       columns: panels side by side, >= 1.
 
     Returns:
@@ -83,7 +89,8 @@ def gradient_response(
 
     Raises:
       TypeError: not mappings, or a value that is not a gradient transformation.
-      ValueError: an empty mapping, or a signal that is not of shape [T].
+      ValueError: an empty mapping, a signal that is not of shape [T], shorter than a
+        walk or without an optimizer; more than 21 optimizers, 7 with several seeds.
       ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
 
     Example:
@@ -100,9 +107,14 @@ def gradient_response(
     _figure.check_names("signals", signals, "arrays [T]")
     columns = min(checks.integer("columns", columns, 1), len(signals))
     gradients = {k: _signal(f"signals[{k!r}]", v) for k, v in signals.items()}
-    for name, source in transforms.items():
-        tx = _made(source, next(iter(gradients.values())))
-        checks.transformation(f"transforms[{name!r}]", tx)
+    dtype = jnp.result_type(*gradients.values())
+    keys = split_keys(seeds, key)
+    make_steps = {
+        name: _by_signal(f"transforms[{name!r}]", source, signals, dtype, keys)
+        for name, source in transforms.items()
+    }
+    thin = len(keys) > 1 and any(map(_makes_several, transforms.values()))
+    _figure.check_count("transforms", len(transforms), thin=thin)
 
     rows = math.ceil(len(signals) / columns)
     figure = _figure.new_figure(4 * columns, 0.4 + 2.9 * rows)
@@ -112,13 +124,14 @@ def gradient_response(
         row, column = divmod(i, columns)
         above = figure.add_subplot(grid[2 * row, column])
         below = figure.add_subplot(grid[2 * row + 1, column], sharex=above)
-        lines = [
-            above.plot(
-                np.asarray(responses(_made(source, signal), signal)),
-                **_figure.style(j), linewidth=1.4, label=method,
-            )[0]
-            for j, (method, source) in enumerate(transforms.items())
-        ]  # fmt: skip
+        lines = []
+        for j, method in enumerate(transforms):
+            with naming(f"signals[{name!r}]"):
+                steps = np.asarray(make_steps[method][name](signal.astype(dtype)))
+            style = _figure.style(j, thin=len(steps) > 1)
+            width = 0.7 if len(steps) > 1 else 1.4
+            lines += above.plot(steps[0], **style, linewidth=width, label=method)
+            above.plot(steps[1:].T, **style, linewidth=width)
         time = np.arange(len(signal))
         below.fill_between(time, np.asarray(signal), color="0.8", linewidth=0)
         below.plot(time, np.asarray(signal), color="0.45", linewidth=1)
@@ -134,15 +147,35 @@ def gradient_response(
             below.set_xlabel("iteration")
     figure.align_ylabels()
     _figure.legend_above(figure, lines)
+    for line in figure.legends[0].get_lines():  # thin ones hardly show their colour
+        line.set_linewidth(1.4)
     return figure
 
 
-def _made(source, signal) -> Any:
-    return source(signal) if callable(source) else source
+def _make_steps(name, source, dtype, keys) -> Callable[[jax.Array], jax.Array]:
+    """What maps a signal [T] to the steps [R, T] of all runs."""
+    runs = make_runs(name, source, lambda theta: theta, jnp.zeros([], dtype), keys)
+    return lambda signal: -jnp.diff(runs(signal))
 
 
-def _parameter(theta):
-    return theta
+def _by_signal(name, entry, signals, dtype, keys):
+    """`_make_steps` by signal; one for all of them, unless the entry is a mapping."""
+    if not isinstance(entry, Mapping):
+        return dict.fromkeys(signals, _make_steps(name, entry, dtype, keys))
+    if entry.keys() != signals.keys():
+        raise ValueError(
+            f"`{name}` must have one optimizer for each of the signals "
+            f"{list(signals)}, got {list(entry)}. Give the same names."
+        )
+    return {
+        signal: _make_steps(f"{name}[{signal!r}]", source, dtype, keys)
+        for signal, source in entry.items()
+    }
+
+
+def _makes_several(entry):
+    sources = entry.values() if isinstance(entry, Mapping) else [entry]
+    return any(map(callable, sources))
 
 
 def _signal(name, value):

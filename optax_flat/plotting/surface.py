@@ -9,7 +9,7 @@ import numpy as np
 
 from optax_flat._core import checks
 from optax_flat.plotting import _figure
-from optax_flat.plotting._runs import Source, check_source, positions
+from optax_flat.plotting._runs import Source, make_runs, split_keys
 from optax_flat.problems import Problem
 
 if TYPE_CHECKING:
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 _GRID = 201  # points of the surface along each axis
 _LEVELS = 24
+
+# What makes a path, or positions that `paths` returned.
+Drawn = Source | np.ndarray | jax.Array
 
 
 def paths(
@@ -63,16 +66,15 @@ def paths(
       >>> jnp.any(path[1:] != path[:-1], axis=1).nonzero()[0].tolist()
       [4, 9]
     """
-    check_source("tx", tx)
     num_steps = checks.integer("num_steps", num_steps, 1)
-    keys = jax.random.split(checks.key(key), checks.integer("seeds", seeds, 1))
+    keys = split_keys(seeds, key)
     check_problem(problem)
-    runs = _runs(tx, problem, num_steps, keys)
+    runs = _make_runs("tx", tx, problem, keys)(_weights(problem, num_steps))
     return runs if callable(tx) else runs[0]
 
 
 def trajectory(
-    transforms: Mapping[str, Source],
+    transforms: Mapping[str, Drawn],
     problem: Problem,
     *,
     num_steps: int = 125,
@@ -88,7 +90,8 @@ def trajectory(
 
     Args:
       transforms: optimizers by name. A function ``key -> optimizer`` is drawn `seeds`
-        times, in thin lines; its marker is at the mean of the ends.
+        times, in thin lines with a marker at each end. Positions that `paths` returned
+        are drawn as they are, so that several pictures can share them.
       problem: an `optax_flat.problems.Problem`.
       num_steps: gradient evaluations of each method, >= 1.
       seeds: runs of each function, >= 1.
@@ -100,8 +103,9 @@ def trajectory(
 
     Raises:
       TypeError: not a mapping, or a value that is no gradient transformation.
-      ValueError: an empty mapping, a problem that is not two-dimensional, a number that
-        is too small.
+      ValueError: an empty mapping, a problem that is not two-dimensional or has no
+        finite value in its window, a number that is too small; more than 21
+        optimizers, 7 with several seeds.
       ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
 
     Example:
@@ -124,7 +128,7 @@ def trajectory(
 
 
 def prepare(
-    transforms: Mapping[str, Source],
+    transforms: Mapping[str, Drawn],
     problem: Problem,
     num_steps: int,
     seeds: int,
@@ -133,15 +137,27 @@ def prepare(
     """Runs by name, each [runs, num_steps + 1, 2], and an empty figure."""
     _figure.check_names("transforms", transforms, "optimizers")
     num_steps = checks.integer("num_steps", num_steps, 1)
-    keys = jax.random.split(checks.key(key), checks.integer("seeds", seeds, 1))
-    for name, source in transforms.items():
-        check_source(f"transforms[{name!r}]", source)
+    keys = split_keys(seeds, key)
+    several = len(keys) > 1 and any(map(callable, transforms.values()))
+    thin = several or any(
+        getattr(drawn, "ndim", 0) == 3 for drawn in transforms.values()
+    )
+    _figure.check_count("transforms", len(transforms), thin=thin)
     check_problem(problem)
+    make = {}
+    for name, drawn in transforms.items():
+        where = f"transforms[{name!r}]"
+        if isinstance(drawn, np.ndarray | jax.Array):
+            _check_positions(where, drawn, num_steps)
+            make[name] = lambda weights, positions=drawn: positions
+        else:
+            make[name] = _make_runs(where, drawn, problem, keys)
     # Before the runs: without matplotlib they would be made for nothing.
     figure = _figure.new_figure(8.0, 5.6, layout="compressed")
+    weights = _weights(problem, num_steps)
     runs = {
-        name: np.asarray(_runs(source, problem, num_steps, keys))
-        for name, source in transforms.items()
+        name: np.reshape(runs(weights), (-1, num_steps + 1, 2))
+        for name, runs in make.items()
     }
     return runs, figure
 
@@ -174,6 +190,11 @@ def draw_problem(figure: "Figure", problem: Problem) -> "Axes":
     points = jnp.stack(jnp.meshgrid(first, second), axis=-1)
     function = jax.vmap(jax.vmap(problem.function))
     values = np.ma.masked_invalid(function(points.astype(_start(problem).dtype)))
+    if not values.count():
+        raise ValueError(
+            f"`problem.function` is NaN or infinite in the whole window, from {low} to "
+            f"{high}: nothing can be drawn. Change the function or `problem.bounds`."
+        )
     bottom, middle, top = np.quantile(values.compressed(), [0, 0.5, 1])
     if bottom < top:
         # At least squares of equal steps, and half of the levels below the median.
@@ -235,9 +256,9 @@ class Paths:
         for i, (name, several) in enumerate(runs.items()):
             finite = [path[: _finite_rows(path)] for path in several]
             diverged = min(map(len, finite)) < several.shape[1]
-            style, width = _figure.style(i), 1.8
-            if len(several) > 1:  # thin dashes would not be seen
-                style["linestyle"], width = "solid", 0.9
+            thin = len(several) > 1
+            style = _figure.style(i, thin=thin)
+            width, size = (0.7, 6) if thin else (1.8, 7)
             outline = patheffects.withStroke(linewidth=width + 1.4, foreground="white")
             lines = [
                 axes.plot(
@@ -245,31 +266,49 @@ class Paths:
                 )[0]
                 for _ in finite
             ]
+            if thin:  # one artist has all marks, which no line connects
+                style["linestyle"] = "none"
             (mark,) = axes.plot(
-                [], [], **style, marker=_figure.marker(i), markersize=7,
-                markeredgecolor="white", zorder=5,
+                [], [], **style, marker=_figure.marker(i), markersize=size,
+                markeredgecolor="white", markeredgewidth=0.8, zorder=5,
                 label=f"{name} (diverged)" if diverged else name,
             )  # fmt: skip
             self._drawn.append((finite, lines, mark))
 
-    def show(self, gradients: int) -> None:
-        """Moves lines and marks to where the methods are after so many gradients."""
+    def show(self, gradients: int, trail: int | None = None) -> None:
+        """Moves lines and marks to where the methods are after so many gradients.
+
+        Args:
+          gradients: how many.
+          trail: how many of the last ones have a line; None is all.
+        """
+        first = 0 if trail is None else max(gradients - trail, 0)
         for finite, lines, mark in self._drawn:
-            shown = [path[: gradients + 1] for path in finite]
-            for path, line in zip(shown, lines, strict=True):
-                line.set_data(*path.T)
-            mean = np.mean([path[-1] for path in shown], axis=0)
-            mark.set_data(*mean[:, None])
+            for path, line in zip(finite, lines, strict=True):
+                line.set_data(*path[first : gradients + 1].T)
+            mark.set_data(*np.array([path[: gradients + 1][-1] for path in finite]).T)
 
 
-def _runs(source, problem, num_steps, keys):
-    start = _start(problem)
-    ones = jnp.ones(num_steps, start.dtype)
-    return positions(source, problem.function, start, ones, keys)
+def _make_runs(name, source, problem, keys):
+    return make_runs(name, source, problem.function, _start(problem), keys)
+
+
+def _weights(problem, num_steps):
+    return jnp.ones(num_steps, _start(problem).dtype)
 
 
 def _start(problem):
     return jnp.asarray(problem.start, float)
+
+
+def _check_positions(name, positions, num_steps):
+    shape = positions.shape
+    if len(shape) not in (2, 3) or shape[-2:] != (num_steps + 1, 2) or not shape[0]:
+        raise ValueError(
+            f"`{name}` must have shape [num_steps + 1, 2] or [seeds, num_steps + 1, 2] "
+            f"with num_steps = {num_steps}, as `paths` returns it, got {shape}. Give "
+            "both functions the same `num_steps`."
+        )
 
 
 def _finite_rows(path):

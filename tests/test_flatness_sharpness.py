@@ -1,0 +1,268 @@
+"""Sharpness, local energy and local entropy against closed forms on quadratics."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from optax_flat.flatness import local_energy, local_entropy, sharpness
+
+SIZE, EXAMPLES, RHO = 7, 24, 0.3
+RNG = np.random.default_rng(0)
+BASIS = np.linalg.qr(RNG.normal(size=(SIZE, SIZE)))[0]
+CURVATURES = np.array([-0.2, 0.0, 0.01, 0.5, 1.0, 3.0, 8.0])
+H = BASIS @ np.diag(CURVATURES) @ BASIS.T
+DATA = RNG.normal(size=(EXAMPLES, SIZE)) + np.linspace(-1.0, 2.0, SIZE)
+W = np.linspace(-1.5, 0.9, SIZE) ** 3  # skewed, no weight 0
+G = H @ (W - DATA.mean(0))
+
+
+def tree(vector=W, dtype=None):
+    v = jnp.asarray(vector, dtype)
+    return {"kernel": v[:6].reshape(2, 3), "scale": v[6]}
+
+
+def loss(params, batch):
+    """Mean of (w - x)' H (w - x) / 2 over the examples x."""
+    r = ravel_pytree(params)[0] - batch
+    return 0.5 * jnp.mean(jnp.sum((r @ jnp.asarray(H, r.dtype)) * r, axis=-1))
+
+
+def batches(*sizes):
+    return [jnp.asarray(b) for b in np.split(DATA, np.cumsum(sizes)[:-1])]
+
+
+def rise(e, g=G):
+    return g @ e + 0.5 * e @ H @ e
+
+
+def first_order(g, norm, t):
+    if norm == "l2":
+        return RHO * t**2 * g / np.linalg.norm(t * g)
+    return RHO * t * np.sign(g)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_one_step_is_sam(x64, norm, adaptive):
+    t = np.abs(W) if adaptive else np.ones(SIZE)
+    found = sharpness(loss, tree(), DATA, rho=RHO, norm=norm, adaptive=adaptive)
+    np.testing.assert_allclose(found.value, rise(first_order(G, norm, t)), rtol=1e-12)
+    assert found.standard_error == 0
+
+
+def test_ascent_finds_the_maximum_on_the_ball(x64):
+    """The maximum is (mu - H)^-1 g with mu such that its norm is rho."""
+    offset = BASIS @ [0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.01]  # not along the sharpest
+    w, g = DATA.mean(0) + offset, H @ offset
+    found = sharpness(loss, tree(w), DATA, rho=RHO, num_steps=40).value
+    low, high = CURVATURES[-1], CURVATURES[-1] + np.linalg.norm(g) / RHO
+    for _ in range(60):
+        mu = (low + high) / 2
+        e = np.linalg.solve(mu * np.eye(SIZE) - H, g)
+        low, high = (mu, high) if np.linalg.norm(e) > RHO else (low, mu)
+    np.testing.assert_allclose(found, rise(e, g), rtol=1e-4)
+    assert found > 1.05 * rise(first_order(g, "l2", 1.0), g)
+
+
+def test_ascent_in_the_cube_finds_a_corner(x64):
+    found = sharpness(loss, tree(), DATA, rho=2.0, norm="linf", num_steps=20).value
+    corners = 2.0 * np.array(list(itertools.product([-1, 1], repeat=SIZE)))
+    rises = corners @ G + 0.5 * np.einsum("ni,ij,nj->n", corners, H, corners)
+    assert np.abs(rises - found).min() < 1e-9
+    assert found >= 0.9 * rises.max()
+
+
+def test_stationary_point(x64):
+    """Without gradient nothing rises; a key finds the largest curvature."""
+    data = jnp.asarray(W)[None]
+    assert sharpness(loss, tree(), data, rho=RHO, num_steps=40).value == 0
+    found = sharpness(loss, tree(), data, rho=RHO, num_steps=40, key=0).value
+    np.testing.assert_allclose(found, RHO**2 / 2 * CURVATURES[-1], rtol=1e-6)
+
+
+def test_a_constant_loss_gives_zero():
+    for norm in ("l2", "linf"):
+        found = sharpness(
+            lambda p, b: jnp.mean(b), tree(), jnp.ones(3), rho=1.0, norm=norm
+        )
+        assert found.value == 0
+
+
+def test_m_sharpness(x64):
+    """Each shard of 4 has its own e and its own loss."""
+    shards = iter(batches(8, 16))
+    found = sharpness(loss, tree(), shards, rho=RHO, m=4, batch_size=None)
+    g = [H @ (W - shard.mean(0)) for shard in np.split(DATA, 6)]
+    rises = np.array([rise(first_order(gs, "l2", 1.0), gs) for gs in g])
+    np.testing.assert_allclose(found.value, rises.mean(), rtol=1e-12)
+    np.testing.assert_allclose(found.standard_error, rises.std(ddof=1) / 6**0.5)
+
+
+@pytest.mark.parametrize(("norm", "adaptive"), [("l2", True), ("linf", False)])
+def test_average(x64, norm, adaptive):
+    """Mean and standard error of the quadratic form at uniform directions."""
+    samples = 4000
+    found = sharpness(
+        loss, tree(), DATA, rho=RHO, kind="average", norm=norm, adaptive=adaptive,
+        num_samples=samples, batch_size=None, key=0,
+    )  # fmt: skip
+    t = np.abs(W) if adaptive else np.ones(SIZE)
+    A = RHO**2 / 2 * t[:, None] * H * t
+    trace, squares, diagonal = np.trace(A), (A**2).sum(), (np.diag(A) ** 2).sum()
+    if norm == "l2":
+        mean = trace / SIZE
+        variance = 2 * (SIZE * squares - trace**2) / (SIZE**2 * (SIZE + 2))
+    else:  # the square of a coordinate has the mean 1/3 and the variance 4/45
+        mean = trace / 3
+        variance = 4 / 45 * diagonal + 2 / 9 * (squares - diagonal)
+    assert abs(found.value - mean) < 5 * found.standard_error
+    np.testing.assert_allclose(
+        found.standard_error, (variance / samples) ** 0.5, rtol=0.1
+    )
+
+
+def test_local_energy(x64):
+    samples, sigma = 4000, 0.2
+    found = local_energy(
+        loss, tree(), DATA, sigma=sigma, num_samples=samples, batch_size=None, key=0
+    )
+    A = sigma**2 / 2 * W[:, None] * H * W
+    assert abs(found.value - np.trace(A)) < 5 * found.standard_error
+    deviation = (2 * (A**2).sum()) ** 0.5
+    np.testing.assert_allclose(found.standard_error, deviation / samples**0.5, rtol=0.1)
+
+
+def exact_entropy(w, gamma, temperature):
+    r = w - DATA
+    g = H @ r.mean(0)
+    pull = g @ np.linalg.solve(H + gamma * np.eye(SIZE), g)
+    entropy = np.log1p(CURVATURES / gamma).sum()
+    value = 0.5 * np.einsum("ni,ij,nj->", r, H, r) / EXAMPLES
+    return -value + pull / 2 - temperature / 2 * entropy
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.02])
+def test_local_entropy_on_a_quadratic(temperature):
+    """Right within its standard error, which says how keys differ."""
+    gamma, center = 4.0, DATA.mean(0)
+    w = center + 0.3 * temperature**0.5 * (W - center)
+    params, data = tree(w, jnp.float32), jnp.asarray(DATA, jnp.float32)
+
+    def of_key(key):
+        return local_entropy(
+            loss, params, data, gamma=gamma, temperature=temperature, num_steps=60,
+            num_chains=64, batch_size=None, key=key,
+        )  # fmt: skip
+
+    found = jax.vmap(of_key)(jax.random.split(jax.random.key(0), 50))
+    error = np.asarray(found.value) - exact_entropy(w, gamma, temperature)
+    typical = np.sqrt(np.mean(np.square(found.standard_error)))
+    assert typical < 0.2 * temperature
+    assert abs(error.mean()) < 5 * typical / 50**0.5
+    assert 0.6 < error.std() / typical < 1.4
+
+
+def test_local_entropy_is_unbiased_in_few_steps():
+    """A skewed double well; the mean weight is right however short the path."""
+
+    def double_well(x, batch):
+        return (x**2 - 1) ** 2 + 0.3 * x + 0.0 * jnp.sum(batch)
+
+    gamma, temperature, x = 0.5, 0.4, 0.8
+    grid = np.linspace(-8, 8, 20001)
+    log_gauss = -gamma / (2 * temperature) * (grid - x) ** 2
+    log_weight = -((grid**2 - 1) ** 2 + 0.3 * grid) / temperature
+    ratio = np.exp(log_gauss + log_weight).sum() / np.exp(log_gauss).sum()
+    found = local_entropy(
+        double_well, jnp.array(x), jnp.zeros(1), gamma=gamma, batch_size=None,
+        temperature=temperature, num_steps=4, num_chains=20_000, key=0,
+    )  # fmt: skip
+    # Log-normal theory overstates the error of these weights, which are bounded.
+    assert abs(found.value - temperature * np.log(ratio)) < 0.01
+
+
+def test_local_entropy_tends_to_minus_the_loss(x64):
+    found = local_entropy(
+        loss, tree(), DATA, gamma=1e14, num_steps=3, num_chains=4, key=0
+    )
+    np.testing.assert_allclose(found.value, -loss(tree(), DATA), rtol=1e-6)
+
+
+MEASURES = {
+    "ascent": lambda f, p, b: sharpness(f, p, b, rho=RHO, num_steps=4, key=1),
+    "average": lambda f, p, b: sharpness(
+        f, p, b, rho=RHO, kind="average", num_samples=2, key=1
+    ),
+    "entropy": lambda f, p, b: local_entropy(
+        f, p, b, gamma=4.0, num_steps=3, num_chains=4, key=1
+    ),
+}
+TEN = (2, 4, 2, 2, 2, 4, 2, 2, 2, 2)
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_ten_unequal_batches(x64, measure):
+    one, ten = jnp.asarray(DATA), batches(*TEN)
+    np.testing.assert_allclose(
+        measure(loss, tree(), ten), measure(loss, tree(), one), rtol=1e-9
+    )
+
+
+@pytest.mark.parametrize("name", ["ascent", "average"])
+def test_jit_and_sharding(x64, name):
+    measure = MEASURES[name]
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharded = jax.device_put(DATA, jax.NamedSharding(mesh, jax.P("d")))
+    found = jax.jit(lambda p, b: measure(loss, p, b))(tree(), sharded)
+    expected = measure(loss, tree(), jnp.asarray(DATA))
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["ascent", "average"])
+def test_bfloat16_params_are_computed_in_float32(name):
+    low = tree(dtype=jnp.bfloat16)
+    high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
+    data = jnp.asarray(DATA, jnp.float32)
+    found, expected = (MEASURES[name](loss, p, data) for p in (low, high))
+    assert found.value.dtype == jnp.float32
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_noise_and_one_shot_iterators(name):
+    measure, rng = MEASURES[name], np.random.default_rng(0)
+
+    def noisy(params, batch):
+        return loss(params, batch) * rng.uniform()
+
+    data = [jnp.asarray(DATA, jnp.float32)] * 2
+    params = tree(dtype=jnp.float32)
+    with pytest.raises(ValueError, match="same value for the same input"):
+        measure(noisy, params, data)
+    if name == "average":  # one pass
+        expected = measure(loss, params, data)
+        np.testing.assert_array_equal(measure(loss, params, iter(data)), expected)
+    else:
+        with pytest.raises(TypeError, match="one-shot iterator"):
+            measure(loss, params, iter(data))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rho": 0.0}, r"`rho` must lie in \(0, inf\)"),
+        ({"kind": "mean"}, "`kind` must be one of 'worst', 'average'"),
+        ({"norm": "l1"}, "`norm` must be one of 'l2', 'linf'"),
+        ({"m": 5}, r"`m` must divide .* got m=5 and an array of shape \(24, 7\)"),
+        ({"m": 4, "kind": "average", "key": 0}, "`m` must be None"),
+        ({"kind": "average"}, "`key` must be one typed key"),
+        ({"kind": "average", "key": 0, "num_samples": 1}, "`num_samples` .* >= 2"),
+    ],
+)
+def test_errors_say_what_to_do(settings, words):
+    with pytest.raises(ValueError, match=words):
+        sharpness(loss, tree(), jnp.asarray(DATA), **({"rho": RHO} | settings))
