@@ -4,24 +4,26 @@ Small networks on MNIST and Fashion-MNIST, as many times with clean training lab
 with 40 % wrong ones (uniform over the other classes, others for every seed), which must
 be learned by heart. A cell is a data set, a kind of labels and a network:
 
-* mlp: means of 2x2 pixels, then 196-64-64-10;
-* cnn: 3x3 convolutions with stride 2 to 8 and 16 channels, then 576-32-10;
+* mlp: 196-64-64-10;
+* cnn: 3x3 convolutions with stride 2 to 16 and 32 channels, then 128-64-10;
 
-both with tanh, so that second derivatives say all, on the first 5,000 training images.
-Every run spends the same number of gradients of minibatches of 64, in the same order
-for all methods, each with its textbook rate (see `METHODS`; nothing is tuned) and with
-three tenths of it, so that the minima differ. Rates fall to 0 by a cosine, but for
-coolmomentum, whose momentum falls from 0.99 to 0 instead.
+both with tanh, so that second derivatives say all, on the first 5,000 training images,
+whose pixels are averaged in squares of 2x2. Every run spends the same number of
+gradients of minibatches of 64, in the same order for all methods, each with its
+textbook rate (see `METHODS`; nothing is tuned) and with three tenths of it, so that the
+minima differ. Rates fall to 0 by a cosine, but for coolmomentum, whose momentum falls
+from 0.99 to 0 instead. nesterov_thirds takes three gradients of a minibatch, so it sees
+the first third of them.
 
-At the end of a run: accuracies and losses on the training images with the labels that
-were trained and on the test images; the gaps, test minus training, of the loss and of
-the error in percent; and with the first 1,000 training images every measure of
+At the end of a run: accuracies and losses on the training images, with the labels that
+were trained, and on the test images, whose labels are right; the gaps between the two,
+test minus training, of the loss and of the error in percent (negative where the wrong
+labels were not learned); and on the first 1,000 training images the measures of
 `optax_flat.flatness`, all so that larger means sharper (see `measure`).
 
-Then Kendall's tau between each measure and each gap over the runs of a cell, and the
-mean of it over cells ("pooled": only runs of one cell are compared), with a bootstrap
-interval of 95 % over runs. The norm of the params and the training loss are there for
-comparison: what they tell needs no measure of flatness.
+Then Kendall's tau between each measure and each gap (see correlation.py). The norm of
+the params and the training loss are there for comparison: what they tell needs no
+measure of flatness.
 
     python benchmarks/flat_study.py --data mnist.npz,fashion_mnist.npz
 """
@@ -29,10 +31,11 @@ comparison: what they tell needs no measure of flatness.
 import functools
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import correlation
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -59,15 +62,15 @@ CLASSES = 10
 LABELS = {"clean": 0.0, "noisy": 0.4}  # the part of the training labels that is wrong
 FACTORS = (1.0, 0.3)  # of the textbook rates
 TEMPERATURE = 1e-5  # of sgld
+GAMMA = 10.0  # of the local entropy
 SHARPNESS = (
     "lambda_max", "trace", "frobenius_norm", "worst", "worst_m", "worst_adaptive",
     "average", "local_energy", "local_entropy",
 )  # fmt: skip
 MEASURES = (*SHARPNESS, "param_norm", "train_loss")
-GAPS = {"error_gap": "test minus training error, %", "loss_gap": "test minus training loss"}
-COLUMNS = ("test_accuracy", "train_accuracy", "error_gap", "loss_gap", *SHARPNESS)
+GAPS = ("error_gap", "loss_gap")
+COLUMNS = ("test_accuracy", "train_accuracy", *GAPS, *SHARPNESS)
 SHOWN = ("lambda_max", "trace", "worst_adaptive", "local_entropy")
-RESAMPLES = 2000  # of the bootstrap
 
 
 class Sizes(NamedTuple):
@@ -75,7 +78,7 @@ class Sizes(NamedTuple):
 
     images: int = 5000
     batch: int = 64
-    evaluations: int = 4020  # gradients; whole walks of 20 and of 3
+    evaluations: int = 12_000  # gradients; whole walks of 20 and of 3
     measured: int = 1000  # images for flatness
     samples: int = 32  # of every random measure
     matvecs: int = 30
@@ -96,18 +99,15 @@ class Method(NamedTuple):
 
 def entropy(method: Callable[..., Any]):
     """Entropy-SGD or Entropy-Adam; the walk has Nesterov steps of 0.1."""
+    walk = {"num_steps": WALK, "noise_kind": "rademacher"}
+    walk["inner_transform"] = optax.trace(0.9, nesterov=True)
+    return lambda rate, _, key: method(rate, key=key, **walk)
 
-    def make(rate, updates, key):
-        del updates
-        return method(
-            rate,
-            num_steps=WALK,
-            noise_kind="rademacher",
-            inner_transform=optax.trace(0.9, nesterov=True),
-            key=key,
-        )
 
-    return make
+def sgld(rate, updates, key):
+    """Colder than the posterior, T = 1/5000."""
+    del updates
+    return optax_flat.sgld(rate, TEMPERATURE, noise_kind="rademacher", key=key)
 
 
 def coolmomentum(rate, updates, key):
@@ -123,25 +123,19 @@ METHODS = {
     "entropy_sgd": Method(entropy(optax_flat.entropy_sgd), 1.0, WALK),
     "entropy_adam": Method(entropy(optax_flat.entropy_adam), 1e-2, WALK),
     "coolmomentum": Method(coolmomentum, 0.01, falls=False),
-    "sgld": Method(
-        lambda rate, _, key: optax_flat.sgld(
-            rate, TEMPERATURE, noise_kind="rademacher", key=key
-        ),
-        0.1,
-    ),
+    "sgld": Method(sgld, 0.1),
     "nesterov_thirds": Method(
-        lambda rate, *_: optax_flat.multipoint_nesterov(rate, 0.9, nodes="thirds"),
-        0.1,
-        3,
+        lambda rate, *_: optax_flat.multipoint_nesterov(rate, nodes="thirds"), 0.1, 3
     ),
 }
 
 LAYERS = {  # shapes of the kernels
     "mlp": ((196, 64), (64, 64), (64, CLASSES)),
-    "cnn": ((9, 8), (72, 16), (576, 32), (32, CLASSES)),
+    "cnn": ((9, 16), (144, 32), (128, 64), (64, CLASSES)),
 }
 
 
+@functools.partial(jax.jit, static_argnames="network")
 def initial(key: jax.Array, network: str) -> Any:
     """Normal kernels of variance 1 over the number of inputs; no biases."""
     keys = jax.random.split(key, len(LAYERS[network]))
@@ -166,16 +160,13 @@ def patches(x: jax.Array) -> jax.Array:
 
 
 def logits_of(network: str, params: Any, images: jax.Array) -> jax.Array:
-    """[B, 10] of images [B, 28, 28]."""
+    """[B, 10] of images [B, 14, 14]."""
     convolutions = 2 if network == "cnn" else 0
-    if convolutions:
-        x = images[..., None]
-    else:
-        x = images.reshape(-1, 14, 2, 14, 2).mean(axis=(2, 4))
+    x = images[..., None]
     for i, layer in enumerate(params):
         x = patches(x) if i < convolutions else x.reshape(len(x), -1)
         x = x @ layer["kernel"] + layer["bias"]
-        x = jnp.tanh(x) if i < len(params) - 1 else x
+        x = x if layer is params[-1] else jnp.tanh(x)
     return x
 
 
@@ -228,25 +219,24 @@ def measure(params, data, key, *, network: str, sizes: Sizes) -> dict[str, Any]:
     def draws():
         return {"num_samples": sizes.samples, "key": next(keys)}
 
+    def points():
+        return {**draws(), "batch_size": 1}
+
     top = flatness.top_eigenvalues(*given, num_matvecs=sizes.matvecs, key=next(keys))
-    # Samples of the posterior of as many images, within 1 per parameter at most.
     entropy = flatness.local_entropy(
-        *given,
-        gamma=1.0,
-        temperature=1.0 / sizes.measured,
-        num_steps=sizes.steps,
-        num_chains=8,
-        key=next(keys),
-    )
+        *given, gamma=GAMMA, temperature=1.0 / sizes.measured, num_steps=sizes.steps,
+        num_chains=8, batch_size=1, key=next(keys),
+    )  # fmt: skip
     return {
+        "param_norm": flatness.Estimate(optax.tree.norm(params), 0.0),
         "lambda_max": flatness.Estimate(top.values[0], top.residuals[0]),
         "trace": flatness.trace(*given, **draws()),
         "frobenius_norm": flatness.frobenius_norm(*given, **draws()),
         "worst": flatness.sharpness(*given, rho=0.05),
-        "worst_m": flatness.sharpness(*given, rho=0.05, m=50),
+        "worst_m": flatness.sharpness(*given, rho=0.05, m=50, batch_size=None),
         "worst_adaptive": flatness.sharpness(*given, rho=0.5, adaptive=True),
-        "average": flatness.sharpness(*given, rho=1.0, kind="average", **draws()),
-        "local_energy": flatness.local_energy(*given, sigma=0.1, **draws()),
+        "average": flatness.sharpness(*given, rho=1.0, kind="average", **points()),
+        "local_energy": flatness.local_energy(*given, sigma=0.1, **points()),
         "local_entropy": entropy._replace(value=-entropy.value - given[0](*given[1:])),
     }
 
@@ -261,32 +251,191 @@ def wrong_labels(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
     return labels % CLASSES
 
 
-def run(images: Images, cell: str, name: str, factor: float, sizes: Sizes, seed: int):
-    """Trains once and measures; the images are floats."""
-    _, labels, network = cell.split("-")
-    method = METHODS[name]
-    wrong = wrong_labels(images.train_labels, LABELS[labels], seed)
+@functools.cache
+def program(network: str, name: str, shapes: Any) -> Any:
+    """`train`, compiled for one network and method."""
+    given = jax.tree.unflatten(*shapes)
+    return train.lower(*given, network=network, method=METHODS[name]).compile()
+
+
+class Run(NamedTuple):
+    """What is trained, and with what."""
+
+    data: str
+    labels: str
+    network: str
+    optimizer: str
+    factor: float  # of the textbook rate
+
+    @property
+    def cell(self) -> str:
+        """Runs of the same cell can be compared."""
+        return f"{self.data}-{self.labels}-{self.network}"
+
+    @property
+    def name(self) -> str:
+        """The row's name."""
+        return f"{self.cell}/{self.optimizer}/x{self.factor:g}"
+
+
+def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> Row:
+    """One run on `prepared` images."""
+    network, name = run.network, run.optimizer
+    wrong = wrong_labels(images.train_labels, LABELS[run.labels], seed)
     training = jax.device_put((images.train_images, wrong))
     test = jax.device_put((images.test_images, images.test_labels.astype(np.int32)))
     shuffle = np.random.default_rng(seed).permutation
     epochs = -(-sizes.evaluations * sizes.batch // len(wrong))
     order = np.concatenate([shuffle(len(wrong)) for _ in range(epochs)])
     order = order[: sizes.evaluations * sizes.batch].reshape(-1, sizes.batch)
-    updates = sizes.evaluations // method.num_steps
+    length = METHODS[name].num_steps
     if name == "nesterov_thirds":  # one minibatch at all points
-        order = order[:updates, None].repeat(method.num_steps, axis=1)
-    elif method.num_steps > 1:
-        order = order.reshape(updates, method.num_steps, sizes.batch)
+        order = order[: len(order) // length, None].repeat(length, axis=1)
+    elif length > 1:
+        order = order.reshape(-1, length, sizes.batch)
 
     init_key, noise_key, measure_key = jax.random.split(jax.random.key(seed), 3)
     params = initial(init_key, network)
-    given = (params, training, order, factor, noise_key)
-    program = compiled(network, name, train.lower(*given, network=network, method=method))
+    given = (params, training, jnp.asarray(order), jnp.float32(run.factor), noise_key)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda *x: x, *given))
+    trained = program(network, name, (structure, tuple(leaves)))
     start = time.perf_counter()
-    params = jax.block_until_ready(program(*given))
+    params = jax.block_until_ready(trained(*given))
     seconds = time.perf_counter() - start
+    train_loss, train_accuracy = map(float, evaluate(params, training, network=network))
+    test_loss, test_accuracy = map(float, evaluate(params, test, network=network))
+    part = (images.train_images[: sizes.measured], wrong[: sizes.measured])
     start = time.perf_counter()
-    part = jax.tree.map(lambda x: x[: sizes.measured], training)
     found = measure(params, part, measure_key, network=network, sizes=sizes)
-    jax.block_until_ready(found)
-    measuring = time.perf_counter() - start
+    found = jax.device_get(found)
+    return {
+        **run._asdict(),
+        "cell": run.cell,
+        "gradient_evaluations": order.size // sizes.batch,
+        "forward_passes": 0,
+        "seconds": seconds,
+        "measuring_seconds": time.perf_counter() - start,
+        "test_accuracy": test_accuracy,
+        "train_accuracy": train_accuracy,
+        "test_loss": test_loss,
+        "train_loss": train_loss,
+        "error_gap": train_accuracy - test_accuracy,
+        "loss_gap": test_loss - train_loss,
+        **{key: float(value) for key, (value, _) in found.items()},
+        **{f"{key}_error": float(error) for key, (_, error) in found.items()},
+    }
+
+
+def tables(cells: Mapping[str, Sequence[Row]]) -> str:
+    """Markdown: for each cell a line per method, means over seeds and rates."""
+    text = ""
+    for cell, rows in cells.items():
+        named = [{**row, "method": row["optimizer"]} for row in rows]
+        text += f"### {cell}\n\n{table(named, COLUMNS)}\n"
+    return text
+
+
+def picture(rows: Sequence[Row], path: Path) -> None:
+    """The error gap against some measures, a row of panels for each kind of labels."""
+    kinds, places = (
+        list(dict.fromkeys(found))
+        for found in zip(*((r["labels"], place(r)) for r in rows), strict=True)
+    )
+    markers = dict(zip(places, "os^Dv<>P", strict=False))
+    colours = dict(zip(METHODS, COLOURS, strict=True))
+    figure, grid = plt.subplots(
+        len(kinds), len(SHOWN), figsize=(11, 1.2 + 2.6 * len(kinds)), squeeze=False,
+        layout="constrained", sharex="col", sharey="row",
+    )  # fmt: skip
+    for row, (measured, axes) in itertools.product(rows, enumerate(grid.T)):
+        axes[kinds.index(row["labels"])].plot(
+            row[SHOWN[measured]], row["error_gap"], markers[place(row)],
+            color=colours[row["optimizer"]], alpha=0.75, markeredgewidth=0,
+        )  # fmt: skip
+    for axes in grid.flat:
+        axes.set_xscale("log")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for kind, axes in zip(kinds, grid[:, 0], strict=True):
+        axes.set_ylabel(f"{kind} labels\ntest minus training error, %")
+    for name, axes in zip(SHOWN, grid[-1], strict=True):
+        axes.set_xlabel(name.replace("_", " "))
+    legend = [(method, "o", colours[method]) for method in colours]
+    legend += [(name, marker, "#777777") for name, marker in markers.items()]
+    handles = [
+        plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
+        for name, marker, colour in legend
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def place(row: Row) -> str:
+    """Data set and network of a row, for people."""
+    return f"{row['data'].replace('_', ' ')}, {row['network']}"
+
+
+def prepared(images: Images, sizes: Sizes) -> Images:
+    """The training images that are used, and all averaged and scaled, [N, 14, 14]."""
+    train, test = (
+        x.reshape(len(x), 14, 2, 14, 2).mean(axis=(2, 4), dtype=np.float32)
+        for x in (images.train_images[: sizes.images], images.test_images)
+    )
+    mean, deviation = train.mean(), train.std()
+    labels = images.train_labels[: sizes.images]
+    train, test = ((x - mean) / deviation for x in (train, test))
+    return Images(train, labels, test, images.test_labels)
+
+
+def main() -> None:
+    """Runs what is missing, then writes tables, correlations and pictures."""
+    options_of = parser(__doc__, METHODS, seeds=3, out="out/flat_study", data=False)
+    options_of.add_argument(
+        "--data",
+        type=lambda text: [Path(part) for part in text.split(",")],
+        default=[None],
+        metavar="FILE,FILE",
+        help=".npz files with the images",
+    )
+    options = options_of.parse_args()
+    networks, kinds, factors = LAYERS, LABELS, FACTORS
+    if options.smoke and options.data == [None]:
+        sets = {"random": random_images((28, 28), 100, 50)}
+        networks, kinds, factors = ["mlp"], ["noisy"], [1.0]
+    else:
+        loaded = [(path, load_images(path)) for path in options.data]
+        sets = {path.stem: images for path, images in loaded}
+    sizes = SMOKE if options.smoke else Sizes()
+    sets = {name: prepared(images, sizes) for name, images in sets.items()}
+    combined = itertools.product(sets, kinds, networks, options.methods, factors)
+    runs = {run.name: run for run in itertools.starmap(Run, combined)}
+    settings = {
+        **sizes._asdict(), "data": list(sets), "temperature": TEMPERATURE,
+        "gamma": GAMMA, "rates": {name: METHODS[name].rate for name in METHODS},
+    }  # fmt: skip
+    rows = Rows(options.out, settings)
+    for name, seed in rows.pending(list(runs), range(options.seeds)):
+        run = runs[name]
+        row = train_and_measure(run, sets[run.data], sizes, seed=seed)
+        rows.record(name, seed, row)
+
+    cells: dict[str, list[Row]] = {}
+    for row in rows:
+        cells.setdefault(row["cell"], []).append(row)
+    pools = {"all": list(cells)} | {
+        f"{kind} labels": [c for c in cells if cells[c][0]["labels"] == kind]
+        for kind in kinds
+    }
+    found = correlation.correlations(cells, pools, MEASURES, GAPS)
+    write_json(options.out / "correlations.json", found)
+    (options.out / "correlations.md").write_text(correlation.markdown(found))
+    correlation.picture(found, pools, options.out / "correlations.png")
+    picture(list(rows), options.out / "flat_study.png")
+    text = tables(cells)
+    (options.out / "table.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
