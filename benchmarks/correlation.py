@@ -1,7 +1,11 @@
 """Kendall's tau between measures and targets over runs, with bootstrap intervals.
 
 Only runs of the same cell (data, labels, network) are compared with each other; the tau
-of a pool of cells is the mean of theirs.
+of a pool of cells is the mean of theirs. Runs that differ by their seed only are alike,
+so the bootstrap draws configurations, with all their seeds, and the same ones in every
+cell. A partial tau is what is left once a control explains its part:
+
+    (tau_xy - tau_xc tau_yc) / ((1 - tau_xc^2) (1 - tau_yc^2))^(1/2)
 """
 
 import itertools
@@ -13,6 +17,11 @@ import numpy as np
 from harness import COLOURS, Row
 
 RESAMPLES = 2000
+
+
+def finite(row: Row, *keys: str) -> bool:
+    """Whether a run has all of these numbers; a run that diverged has not."""
+    return all(key in row for key in keys)
 
 
 def taus(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -29,23 +38,43 @@ def taus(x: np.ndarray, y: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return pairs(a * b) / np.where(size > 0, size, 1.0)
 
 
+def partial(xy: np.ndarray, xc: np.ndarray, yc: np.ndarray) -> np.ndarray:
+    """Partial tau of x and y given c; 0 where c explains one of them wholly."""
+    rest = np.sqrt(np.maximum((1 - xc**2) * (1 - yc**2), 0.0))
+    return (xy - xc * yc) / np.where(rest > 1e-9, rest, np.inf)
+
+
 def correlations(
     cells: Mapping[str, Sequence[Row]],
     pools: Mapping[str, Sequence[str]],
     measures: Sequence[str],
     targets: Sequence[str],
+    *,
+    control: str | None = None,
 ) -> list[Row]:
-    """Tau in every pool and cell, with percentile intervals of 95 % over runs."""
+    """Tau in every pool and cell, with percentile intervals of 95 %.
+
+    Rows name their `configuration`. With a `control` the taus are partial ones, given
+    it.
+    """
+    known = {row["configuration"] for rows in cells.values() for row in rows}
+    places = {name: i for i, name in enumerate(sorted(known))}
+    drawn = np.random.default_rng(0).multinomial(
+        len(places), [1 / len(places)] * len(places), RESAMPLES
+    )
+    drawn = np.concatenate([np.ones((1, len(places))), drawn])  # first all runs
     result = []
     for target, measure in itertools.product(targets, measures):
-        random = np.random.default_rng(0)  # the same samples for all measures
+        keys = (measure, target, *([control] if control else []))
         found = {}
         for cell, rows in cells.items():
-            n = len(rows)
-            counts = random.multinomial(n, [1 / n] * n, RESAMPLES).astype(float)
-            counts = np.concatenate([np.ones((1, n)), counts])  # first all runs
-            x, y = (np.array([row[key] for row in rows]) for key in (measure, target))
-            found[cell] = taus(x, y, counts)
+            runs = [row for row in rows if finite(row, *keys)]
+            counts = drawn[:, [places[row["configuration"]] for row in runs]]
+            x, y, *c = (np.array([row[key] for row in runs]) for key in keys)
+            tau = taus(x, y, counts)
+            if control:
+                tau = partial(tau, taus(x, c[0], counts), taus(y, c[0], counts))
+            found[cell] = tau
         pooled = {
             pool: np.mean([found[cell] for cell in of], axis=0)
             for pool, of in pools.items()
@@ -59,7 +88,7 @@ def correlations(
     return result
 
 
-def markdown(found: Sequence[Row]) -> str:
+def markdown(found: Sequence[Row], title: str) -> str:
     """For each target a table: a line per measure, a column per pool and cell."""
     cells, measures, targets = (
         list(dict.fromkeys(row[key] for row in found))
@@ -78,7 +107,7 @@ def markdown(found: Sequence[Row]) -> str:
             [m.replace("_", " "), *(entries[target, m, cell] for cell in cells)]
             for m in measures
         ]
-        text += f"### Kendall's tau with the {target.replace('_', ' ')}\n\n"
+        text += f"### {title} with the {target.replace('_', ' ')}\n\n"
         text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"
     return text
 
@@ -93,7 +122,7 @@ def picture(
     colours = dict(zip(pools, COLOURS, strict=False))
     shifts = dict(zip(pools, np.linspace(-0.2, 0.2, len(pools)), strict=True))
     figure, panels = plt.subplots(
-        1, len(targets), figsize=(9, 5), layout="constrained", sharey=True, sharex=True
+        1, len(targets), figsize=(10.5, 5), layout="constrained", sharey=True, sharex=True
     )
     for target, axes in zip(targets, panels, strict=True):
         of_target = [row for row in found if row["target"] == target]

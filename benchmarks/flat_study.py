@@ -17,19 +17,23 @@ the first third of them.
 
 At the end of a run: accuracies and losses on the training images, with the labels that
 were trained, and on the test images, whose labels are right; the gaps between the two,
-test minus training, of the loss and of the error in percent (negative where the wrong
-labels were not learned); and on the first 1,000 training images the measures of
-`optax_flat.flatness`, all so that larger means sharper (see `measure`).
+test minus training, of the loss and of the error in percent; and on the first 1,000
+training images the measures of `optax_flat.flatness`, all so that larger means sharper
+(see `measure`). With wrong labels the gaps tell more about how many of them were
+learned than about generalization (they are negative where few were); the test error
+tells that.
 
-Then Kendall's tau between each measure and each gap (see correlation.py). The norm of
-the params and the training loss are there for comparison: what they tell needs no
-measure of flatness.
+Then Kendall's tau between each measure and test error and gaps, and the partial tau
+given the training loss (see correlation.py). The norm of the params and the training
+loss are there for comparison: what they tell needs no measure of flatness. A number
+that is not finite is left out of its row.
 
     python benchmarks/flat_study.py --data mnist.npz,fashion_mnist.npz
 """
 
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,8 +72,8 @@ SHARPNESS = (
     "average", "local_energy", "local_entropy",
 )  # fmt: skip
 MEASURES = (*SHARPNESS, "param_norm", "train_loss")
-GAPS = ("error_gap", "loss_gap")
-COLUMNS = ("test_accuracy", "train_accuracy", *GAPS, *SHARPNESS)
+TARGETS = ("test_error", "error_gap", "loss_gap")
+COLUMNS = ("test_accuracy", "train_accuracy", *TARGETS[1:], *SHARPNESS)
 SHOWN = ("lambda_max", "trace", "worst_adaptive", "local_entropy")
 
 
@@ -308,7 +312,7 @@ def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> R
     start = time.perf_counter()
     found = measure(params, part, measure_key, network=network, sizes=sizes)
     found = jax.device_get(found)
-    return {
+    row = {
         **run._asdict(),
         "cell": run.cell,
         "gradient_evaluations": order.size // sizes.batch,
@@ -324,6 +328,8 @@ def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> R
         **{key: float(value) for key, (value, _) in found.items()},
         **{f"{key}_error": float(error) for key, (_, error) in found.items()},
     }
+    numbers = {key: x for key, x in row.items() if isinstance(x, float)}
+    return {key: x for key, x in row.items() if math.isfinite(numbers.get(key, 0.0))}
 
 
 def tables(cells: Mapping[str, Sequence[Row]]) -> str:
@@ -348,6 +354,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         layout="constrained", sharex="col", sharey="row",
     )  # fmt: skip
     for row, (measured, axes) in itertools.product(rows, enumerate(grid.T)):
+        if not correlation.finite(row, SHOWN[measured], "error_gap"):
+            continue
         axes[kinds.index(row["labels"])].plot(
             row[SHOWN[measured]], row["error_gap"], markers[place(row)],
             color=colours[row["optimizer"]], alpha=0.75, markeredgewidth=0,
@@ -422,14 +430,23 @@ def main() -> None:
 
     cells: dict[str, list[Row]] = {}
     for row in rows:
-        cells.setdefault(row["cell"], []).append(row)
+        derived = {"configuration": f"{row['optimizer']}/x{row['factor']:g}"}
+        if "test_accuracy" in row:
+            derived["test_error"] = 100.0 - row["test_accuracy"]
+        cells.setdefault(row["cell"], []).append({**row, **derived})
     pools = {"all": list(cells)} | {
         f"{kind} labels": [c for c in cells if cells[c][0]["labels"] == kind]
         for kind in kinds
     }
-    found = correlation.correlations(cells, pools, MEASURES, GAPS)
-    write_json(options.out / "correlations.json", found)
-    (options.out / "correlations.md").write_text(correlation.markdown(found))
+    found = correlation.correlations(cells, pools, MEASURES, TARGETS)
+    given = correlation.correlations(
+        cells, pools, SHARPNESS, TARGETS, control="train_loss"
+    )
+    write_json(options.out / "correlations.json", {"tau": found, "partial": given})
+    (options.out / "correlations.md").write_text(
+        correlation.markdown(found, "Kendall's tau")
+        + correlation.markdown(given, "Partial tau, given the training loss,")
+    )
     correlation.picture(found, pools, options.out / "correlations.png")
     picture(list(rows), options.out / "flat_study.png")
     text = tables(cells)

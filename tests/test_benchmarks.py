@@ -241,10 +241,48 @@ def test_correlations_compare_only_within_cells(harness):
     """In either cell the gap falls with the measure; over both together it rises."""
     correlation = pytest.importorskip("correlation")
     cells = {
-        cell: [{"a": shift + i, "gap": shift - i} for i in range(10)]
+        cell: [
+            {"a": shift + i, "gap": shift - i, "configuration": f"x{i}"}
+            for i in range(10)
+        ]
         for cell, shift in {"low": 0, "high": 100}.items()
     }
     found = correlation.correlations(cells, {"all": list(cells)}, ["a"], ["gap"])
     assert [row["cell"] for row in found] == ["all", "low", "high"]
     assert all(row["tau"] == row["low"] == row["high"] == -1 for row in found)
-    assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found)
+    assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found, "tau")
+
+
+def test_intervals_are_those_of_configurations(harness):
+    """Three equal seeds of each configuration are worth no more than one."""
+    correlation = pytest.importorskip("correlation")
+    random = np.random.default_rng(0)
+    numbers = random.normal(size=(12, 2))
+    runs = [
+        {"a": a, "gap": gap, "configuration": f"x{i}"}
+        for i, (a, gap) in enumerate(numbers)
+    ]
+    once, thrice = (
+        correlation.correlations({"cell": rows}, {}, ["a"], ["gap"])[0]
+        for rows in (runs, 3 * runs)
+    )
+    # tau-b counts pairs of equal runs as ties, of both kinds alike
+    assert abs(thrice["tau"] - once["tau"]) < 0.1
+    width = {id(row): row["high"] - row["low"] for row in (once, thrice)}
+    assert width[id(thrice)] > 0.8 * width[id(once)]
+
+
+def test_partial_tau(harness):
+    """What a control explains is gone: x and y follow c, with noise of their own."""
+    correlation = pytest.importorskip("correlation")
+    random = np.random.default_rng(0)
+    rows = [
+        {"x": c + a, "y": c + b, "c": c, "configuration": str(c)}
+        for c, a, b in zip(range(200), *random.normal(size=(2, 200)), strict=True)
+    ]
+    plain, given = (
+        correlation.correlations({"cell": rows}, {}, ["x"], ["y"], control=control)[0]
+        for control in (None, "c")
+    )
+    assert plain["tau"] > 0.9
+    assert abs(given["tau"]) < 0.2
