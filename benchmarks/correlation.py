@@ -115,14 +115,19 @@ def markdown(found: Sequence[Row], title: str) -> str:
 def picture(
     found: Sequence[Row], pools: Mapping[str, Sequence[str]], path: Path
 ) -> None:
-    """A dot for the tau of each pool, with its interval; a tick for each cell of it."""
+    """A dot for each pool, with its interval; a tick for each of its cells."""
     measures, targets = (
         list(dict.fromkeys(row[key] for row in found)) for key in ("measure", "target")
     )
     colours = dict(zip(pools, COLOURS, strict=False))
     shifts = dict(zip(pools, np.linspace(-0.2, 0.2, len(pools)), strict=True))
     figure, panels = plt.subplots(
-        1, len(targets), figsize=(10.5, 5), layout="constrained", sharey=True, sharex=True
+        1,
+        len(targets),
+        figsize=(10.5, 5),
+        layout="constrained",
+        sharey=True,
+        sharex=True,
     )
     for target, axes in zip(targets, panels, strict=True):
         of_target = [row for row in found if row["target"] == target]
