@@ -552,6 +552,7 @@ METHODS = [
             ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
         ],
         looks_ahead=True,
+        keeps_floats=False,  # but the rounding of the params
         of_length=lambda n: {"nodes": tuple((i + 1) / n for i in range(n))},
     ),
     Method(

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 
 # Started a second time; the others would do the same, and compile for longer.
-RESUMED = ("step_time", "update_time")
+RESUMED = ("update_time",)
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 METHODS = {
     "step_time": ["mlp/entropy/scan", "compile/sam/5"],
@@ -22,7 +22,7 @@ METHODS = {
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
     "ensemble_time": ["ensemble_kalman"],
     "mnist_ensemble": ["adam_perturbation", "eki"],
-    "flatness_time": ["top_eigenvalue", "trace_eight_batches"],
+    "flatness_time": ["top_eigenvalue", "top_eigenvalue_few_images"],
     "flat_study": ["sgd", "entropy_sgd"],
 }
 # What the rows are called, if not like the methods.

@@ -15,9 +15,9 @@ import optax_flat
 def probability(losses):
     """That the slope is negative."""
     n = len(losses)
-    t = np.arange(n)
-    slope, intercept = np.polyfit(t - t.mean(), losses, 1)
-    residual = np.sum((losses - intercept - slope * (t - t.mean())) ** 2)
+    t = np.arange(n) - (n - 1) / 2
+    slope = t @ losses / (t @ t)
+    residual = np.sum((losses - losses.mean() - slope * t) ** 2)
     error = sqrt(12 / (n**3 - n) * residual / (n - 2))
     if np.ptp(losses) == 0:
         return 0.5
