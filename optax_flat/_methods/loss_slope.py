@@ -176,8 +176,7 @@ def _goes_on(losses, oldest):
 def _has_stopped(losses, oldest):
     """Whether the losses do not fall, with and without spikes; `oldest` is first."""
     n = losses.size
-    # Equal losses are zeros then, not rounding errors of their mean.
-    losses = jnp.roll(losses, -oldest) - jnp.min(losses)
+    losses = jnp.roll(losses, -oldest)
     quantile = jnp.sort(losses)[math.floor(0.9 * (n - 1) + 0.5)]
     everything = jnp.ones(n, bool)
     return (_falls(losses, everything) < THRESHOLD) & (
