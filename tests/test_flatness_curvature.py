@@ -1,8 +1,11 @@
 """Curvature against dense Hessians and known spectra."""
 
+import dataclasses
 import functools
+import gc
 import itertools
 import sys
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -149,6 +152,15 @@ def test_exhausted_krylov_space(x64, spectrum, dtype):
     np.testing.assert_allclose(mean, spectrum.mean(), atol=1e-5)
 
 
+def test_eigenvalues_below_the_rounding_of_the_largest():
+    """A small length in Lanczos' method is no end: the bulk lies behind it."""
+    bulk = np.random.default_rng(0).uniform(-1, 1, 1999)
+    spectrum = np.append(bulk, 1e5).astype(np.float32)
+    settings = {"which": "smallest", "num_matvecs": 80, "key": 0}
+    found = on_quadratic(top_eigenvalues, spectrum, **settings)
+    np.testing.assert_allclose(found.values, [spectrum.min()], rtol=0.02)
+
+
 def test_nan_stays_nan():
     """A breakdown is repaired, a broken loss is not hidden."""
     found = on_quadratic(top_eigenvalues, np.full(6, np.nan, np.float32), key=0)
@@ -253,6 +265,25 @@ def test_unequal_batches_are_one_batch(x64):
         jax.tree.map(close, hvp(net, params, given, vector), expected)
 
 
+def test_infinite_loss_of_a_batch():
+    """Their mean is infinite, not inf - inf."""
+    slopes = [jnp.full((2, 3), x) for x in (1.0, jnp.inf, jnp.inf, 1.0)]
+    found = hvp(quadratic, jnp.ones(3), slopes, jnp.ones(3))
+    np.testing.assert_array_equal(found, np.full(3, np.inf))
+
+
+def test_many_batches_are_let_go(x64):
+    """JAX keeps what it traced, but neither the loader nor the vectors."""
+    params, loader = net_params(sizes=SMALL), Loader(unequal(net_batch(sum(LENGTHS))))
+    found = top_eigenvalues(net, params, loader, num_matvecs=12, k=2, key=0)
+    shape = (2, sum(leaf.size for leaf in jax.tree.leaves(params)))
+    let_go = weakref.ref(loader)
+    del loader, found
+    gc.collect()
+    assert let_go() is None
+    assert shape not in [array.shape for array in jax.live_arrays()]
+
+
 def test_is_compiled_once():
     traces = []
 
@@ -283,6 +314,16 @@ def test_jit_and_sharded_data():
     np.testing.assert_allclose(many(params, batch), once, rtol=1e-4)
 
 
+def test_vmap_over_a_later_batch():
+    later = jnp.array([[[2.0, 2.0, 2.0]], [[4.0, 4.0, 4.0]]])
+
+    def measure(batch):
+        batches = [jnp.zeros((1, 3)), batch]
+        return trace(quadratic, jnp.ones(3), batches, num_samples=2, key=0).value
+
+    np.testing.assert_allclose(jax.vmap(measure)(later), [3.0, 6.0])
+
+
 def test_bfloat16_is_computed_in_float32():
     low = net_params(jnp.bfloat16, SMALL)
     high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
@@ -305,12 +346,53 @@ def test_a_loss_with_two_values_is_refused():
         hvp(lambda x, b: (x.sum(), b), jnp.ones(3), jnp.ones(3), jnp.ones(3))
 
 
+def test_a_loss_that_changed_is_refused():
+    """The compiled one would give the old numbers."""
+    factor = [1.0]
+
+    def changing(x, batch):
+        return factor[0] * quadratic(x, batch)
+
+    def measure(batches, loss_fn=changing):
+        return trace(loss_fn, jnp.ones(3), batches, num_samples=2, key=0).value
+
+    assert measure(jnp.ones((1, 3))) == 3.0
+    factor[0] = 10.0
+    for batches in (jnp.ones((1, 3)), [jnp.ones((1, 3))]):
+        with pytest.raises(ValueError, match=r"eager value 15, compiled value 1\.5"):
+            measure(batches)
+    assert measure(jnp.ones((1, 3)), lambda x, b: 2 * changing(x, b)) == 60.0
+
+
+def test_a_loss_that_rounds_is_not_refused():
+    """Compiled in one piece it may round otherwise than step by step."""
+
+    def cancelling(x, batch):
+        large = jnp.where(isinstance(x, Tracer), 1.0, 2.0)  # stands for rounding
+        return quadratic(x, batch) * large
+
+    found = trace(cancelling, jnp.ones(3), jnp.ones((1, 3)), num_samples=2, key=0)
+    assert found.value == 3.0
+
+
+def test_an_unhashable_loss_is_refused():
+    @dataclasses.dataclass
+    class Model:
+        scale: float
+
+        def __call__(self, x, batch):
+            return self.scale * quadratic(x, batch)
+
+    with pytest.raises(TypeError, match="plain function: lambda p, b: model_loss"):
+        trace(Model(2.0), jnp.ones(3), jnp.ones((1, 3)), num_samples=2, key=0)
+
+
 @pytest.mark.parametrize(
     "batches, error, words",
     [
         (iter([jnp.ones((1, 3))]), TypeError, "one-shot iterator.*Give a list"),
         ([], ValueError, "at least one batch"),
-        ([jnp.ones([])], ValueError, "leading axis of its first leaf"),
+        ([jnp.ones([])], ValueError, "one leading axis, got the shapes"),
         ([jnp.ones((0, 3))], ValueError, "no examples"),
     ],
     ids=["iterator", "empty", "scalar", "no examples"],
@@ -318,6 +400,37 @@ def test_a_loss_with_two_values_is_refused():
 def test_wrong_batches(batches, error, words):
     with pytest.raises(error, match=words):
         trace(quadratic, jnp.ones(3), batches, num_samples=2, key=0)
+
+
+def test_what_is_no_batch_is_kept_out_of_it():
+    def weighted(x, batch):
+        return quadratic(x, batch["x"]) * batch["class_weights"].mean()
+
+    batch = {"class_weights": jnp.ones(10), "x": jnp.ones((4, 3))}
+    assert hvp(weighted, jnp.ones(3), batch, jnp.ones(3)).shape == (3,)
+    with pytest.raises(ValueError, match=r"'class_weights': \(10,\).*close over them"):
+        hvp(weighted, jnp.ones(3), [batch], jnp.ones(3))
+
+
+def test_passes_of_different_lengths_are_refused():
+    class Shrinking(Loader):
+        def __iter__(self):
+            self.passes += 1
+            return iter(self.batches[: 5 - self.passes])
+
+    loader = Shrinking([jnp.ones((2, 3))] * 4)
+    with pytest.raises(ValueError, match=r"(?s)6 in one pass and 4 in another.*drop_"):
+        trace(quadratic, jnp.ones(3), loader, num_samples=2, key=0)
+
+
+def test_one_batch_in_a_list_is_pointed_out():
+    def unpacks(x, batch):
+        features, targets = batch
+        return jnp.mean((features @ x - targets) ** 2)
+
+    with pytest.raises(ValueError) as error:
+        hvp(unpacks, jnp.ones(3), [jnp.ones((8, 3)), jnp.ones(8)], jnp.ones(3))
+    assert "give a tuple: (x, y)" in "".join(error.value.__notes__)
 
 
 @pytest.mark.parametrize(
@@ -341,6 +454,41 @@ def test_wrong_settings(measure, settings, words):
 def test_wrong_vector():
     with pytest.raises(ValueError, match="shapes of `params`"):
         hvp(quadratic, jnp.ones(3), jnp.ones((1, 3)), jnp.ones(4))
+    with pytest.raises(ValueError, match="`vector` must have the structure"):
+        hvp(quadratic, jnp.ones(3), jnp.ones((1, 3)), [jnp.ones(3)])
+
+
+def test_a_vector_in_a_custom_pytree():
+    """Two of a class that is compared by identity have one structure."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Params:
+        def __init__(self, x):
+            self.x = x
+
+        def tree_flatten(self):
+            return (self.x,), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            return cls(*children)
+
+    params, vector = Params(jnp.ones(3)), Params(jnp.arange(3.0))
+    batch = jnp.full((1, 3), 2.0)
+    found = hvp(lambda p, b: quadratic(p.x, b), params, batch, vector)
+    np.testing.assert_array_equal(found.x, [0.0, 2.0, 4.0])
+
+
+def test_messages_fit_measures():
+    """They speak of no optimizer's factory and of no schedule."""
+    batch = jnp.ones((1, 3))
+    with pytest.raises(ValueError, match="`params` must be passed .*got None"):
+        hvp(quadratic, None, batch, jnp.ones(3))
+    with pytest.raises(TypeError, match="close over them"):
+        hvp(quadratic, jnp.ones(3, int), batch, jnp.ones(3))
+    settings = {"num_matvecs": 2, "num_samples": 1, "key": 0}
+    with pytest.raises(TypeError, match=r"`sigma` must be .* \(0, 1\], got 'a'"):
+        on_quadratic(spectral_density, np.ones(3), sigma="a", **settings)
 
 
 def test_missing_extras_are_named(monkeypatch):

@@ -33,6 +33,10 @@ def test_filters_have_the_norms_of_the_params():
         np.testing.assert_allclose(*norms, rtol=1e-5)
         assert np.std(d[name], axis=axes).max() > 0.1
     assert not jnp.any(d["bias"]) and d["scale"] == 0
+    first = random_direction(params, 0, filter_axis=0)  # Equinox's layout
+    for name, axes in [("conv", (1, 2, 3)), ("dense", 1)]:
+        norms = [np.sqrt(np.sum(t[name] ** 2, axis=axes)) for t in (first, params)]
+        np.testing.assert_allclose(*norms, rtol=1e-5)
     raw = random_direction(params, 0, normalize="none")
     assert abs(jnp.std(raw["conv"]) - 1) < 5 / 72**0.5 and raw["scale"] != 0
 
@@ -69,6 +73,12 @@ def test_random_directions():
     assert surface.shape == (4, 4)
     assert_close(surface[1, 1], loss(PARAMS, DATA))  # both positions are 0
     assert not np.allclose(surface, surface.T, rtol=0.01)
+    first = line(loss, PARAMS, DATA, key=3, positions=A, filter_axis=0)
+    d = random_direction(PARAMS, 3, filter_axis=0)
+    assert_close(first.losses, line(loss, PARAMS, DATA, direction=d, positions=A)[1])
+    assert not np.allclose(first.losses, found.losses, rtol=0.01)
+    turned = plane(loss, PARAMS, DATA, key=3, x=A, y=A, filter_axis=0).losses
+    assert not np.allclose(turned, surface, rtol=0.01)
 
 
 def test_ten_unequal_batches_jit_and_sharding(x64):
@@ -81,6 +91,9 @@ def test_ten_unequal_batches_jit_and_sharding(x64):
     one = measure(params, data)
     ten = np.split(data, np.cumsum([1, 1, 2, 1, 4, 1, 2, 1, 1]))
     assert_close(measure(params, iter(ten)), one, jnp.float64)
+    axes = {"x": A[:2], "y": A[1:3]}  # as many points as on the line
+    surfaces = [plane(loss, params, b, key=0, **axes) for b in (iter(ten), data)]
+    assert_close(*map(tuple, surfaces), jnp.float64)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     sharded = jax.device_put(data, jax.NamedSharding(mesh, jax.P("d")))
     assert_close(jax.jit(measure)(params, sharded), one, jnp.float64)
@@ -132,6 +145,11 @@ def test_progress_changes_nothing(capsys):
             lambda: random_direction(PARAMS, 0, normalize="layer"),
             ValueError,
             "one of 'filter', 'none'",
+        ),
+        (
+            lambda: random_direction(PARAMS, 0, filter_axis=1),
+            ValueError,
+            "must be -1 .* or 0 .*, got 1",
         ),
         (
             lambda: line(lambda p, b: b, PARAMS, DATA, key=0),

@@ -1,5 +1,6 @@
 """Sharpness, local energy and local entropy against closed forms on quadratics."""
 
+import functools
 import itertools
 
 import jax
@@ -25,14 +26,15 @@ def tree(vector=W, dtype=None):
     return {"kernel": v[:6].reshape(2, 3), "scale": v[6]}
 
 
+LOW = tree(dtype=jnp.bfloat16)
+HIGH = jax.tree.map(lambda x: x.astype(jnp.float32), LOW)
+SINGLE = DATA.astype(np.float32)
+
+
 def loss(params, batch):
     """Mean of (w - x)' H (w - x) / 2 over the examples x."""
     r = ravel_pytree(params)[0] - batch
     return 0.5 * jnp.mean(jnp.sum((r @ jnp.asarray(H, r.dtype)) * r, axis=-1))
-
-
-def batches(*sizes):
-    return [jnp.asarray(b) for b in np.split(DATA, np.cumsum(sizes)[:-1])]
 
 
 def rise(e, g=G):
@@ -69,7 +71,7 @@ def test_ascent_finds_the_maximum_on_the_ball(x64):
 
 
 def test_ascent_in_the_cube_finds_a_corner(x64):
-    found = sharpness(loss, tree(), DATA, rho=2.0, norm="linf", num_steps=20).value
+    found = sharpness(loss, tree(), DATA, rho=2.0, norm="linf", num_steps=40).value
     corners = 2.0 * np.array(list(itertools.product([-1, 1], repeat=SIZE)))
     rises = corners @ G + 0.5 * np.einsum("ni,ij,nj->n", corners, H, corners)
     assert np.abs(rises - found).min() < 1e-9
@@ -77,24 +79,38 @@ def test_ascent_in_the_cube_finds_a_corner(x64):
 
 
 def test_stationary_point(x64):
-    """Without gradient nothing rises; a key finds the largest curvature."""
-    data = jnp.asarray(W)[None]
-    assert sharpness(loss, tree(), data, rho=RHO, num_steps=40).value == 0
-    found = sharpness(loss, tree(), data, rho=RHO, num_steps=40, key=0).value
-    np.testing.assert_allclose(found, RHO**2 / 2 * CURVATURES[-1], rtol=1e-6)
-
-
-def test_a_constant_loss_gives_zero():
+    """Without gradient nothing rises."""
+    data = np.broadcast_to(W, DATA.shape)
     for norm in ("l2", "linf"):
-        found = sharpness(
-            lambda p, b: jnp.mean(b), tree(), jnp.ones(3), rho=1.0, norm=norm
-        )
+        found = sharpness(loss, tree(), data, rho=RHO, norm=norm, num_steps=40)
         assert found.value == 0
+
+
+def test_a_key_leads_away_from_a_stationary_point():
+    data = np.broadcast_to(ravel_pytree(HIGH)[0], DATA.shape)
+    found = MEASURES["ascent"](loss, HIGH, data).value
+    np.testing.assert_allclose(found, RHO**2 / 2 * CURVATURES[-1], rtol=5e-3)
+
+
+def test_losses_far_from_one():
+    """No square of a gradient overflows; what overflows is no small rise."""
+
+    def scaled(params, batch):
+        return batch["scale"] * loss(params, batch["data"])
+
+    def found(scale, rho=RHO):
+        batch = {"data": SINGLE, "scale": np.float32(scale)}
+        return float(sharpness(scaled, HIGH, batch, rho=rho).value)
+
+    one = found(1.0)
+    for scale in (1e-25, 1e20):
+        np.testing.assert_allclose(found(scale) / scale, one, rtol=1e-5)
+    assert found(1e36, rho=100.0) == np.inf
 
 
 def test_m_sharpness(x64):
     """Each shard of 4 has its own e and its own loss."""
-    shards = iter(batches(8, 16))
+    shards = iter([DATA[:8], DATA[8:]])
     found = sharpness(loss, tree(), shards, rho=RHO, m=4, batch_size=None)
     g = [H @ (W - shard.mean(0)) for shard in np.split(DATA, 6)]
     rises = np.array([rise(first_order(gs, "l2", 1.0), gs) for gs in g])
@@ -136,6 +152,16 @@ def test_local_energy(x64):
     np.testing.assert_allclose(found.standard_error, deviation / samples**0.5, rtol=0.1)
 
 
+def test_shared_rounding_is_in_the_standard_error():
+    """Of many weights near a minimum that is not 0."""
+    w, minimum, rho = np.ones(200_000, np.float32), np.ones(1, np.float32), 0.5
+    found = sharpness(
+        lambda w, batch: 2.5 + 3.0 * jnp.mean((w - batch) ** 2), w, minimum,
+        rho=rho, kind="average", num_samples=8, key=0,
+    )  # fmt: skip
+    assert abs(found.value - 3.0 * rho**2 / w.size) < 4 * found.standard_error
+
+
 def exact_entropy(w, gamma, temperature):
     r = w - DATA
     g = H @ r.mean(0)
@@ -154,82 +180,79 @@ def test_local_entropy_on_a_quadratic(temperature):
 
     def of_key(key):
         return local_entropy(
-            loss, params, data, gamma=gamma, temperature=temperature, num_steps=60,
-            num_chains=64, batch_size=None, key=key,
+            loss, params, data, gamma=gamma, temperature=temperature, num_steps=50,
+            num_chains=48, batch_size=None, key=key,
         )  # fmt: skip
 
-    found = jax.vmap(of_key)(jax.random.split(jax.random.key(0), 50))
+    found = jax.vmap(of_key)(jax.random.split(jax.random.key(0), 40))
     error = np.asarray(found.value) - exact_entropy(w, gamma, temperature)
     typical = np.sqrt(np.mean(np.square(found.standard_error)))
     assert typical < 0.2 * temperature
-    assert abs(error.mean()) < 5 * typical / 50**0.5
+    assert abs(error.mean()) < 5 * typical / 40**0.5
     assert 0.6 < error.std() / typical < 1.4
 
 
-def test_local_entropy_is_unbiased_in_few_steps():
-    """A skewed double well; the mean weight is right however short the path."""
+@pytest.mark.parametrize("wall", [np.inf, 1.0])
+def test_local_entropy_is_unbiased_in_few_steps(wall):
+    """A skewed double well, also in a box; right however short the path."""
 
-    def double_well(x, batch):
-        return (x**2 - 1) ** 2 + 0.3 * x + 0.0 * jnp.sum(batch)
+    def double_well(x, wall):
+        return jnp.where(abs(x) <= wall, (x**2 - 1) ** 2 + 0.3 * x, jnp.inf)
 
     gamma, temperature, x = 0.5, 0.4, 0.8
     grid = np.linspace(-8, 8, 20001)
     log_gauss = -gamma / (2 * temperature) * (grid - x) ** 2
-    log_weight = -((grid**2 - 1) ** 2 + 0.3 * grid) / temperature
-    ratio = np.exp(log_gauss + log_weight).sum() / np.exp(log_gauss).sum()
-    found = local_entropy(
-        double_well, jnp.array(x), jnp.zeros(1), gamma=gamma, batch_size=None,
+    weight = np.exp(-((grid**2 - 1) ** 2 + 0.3 * grid) / temperature)
+    weight *= abs(grid) <= wall
+    ratio = (np.exp(log_gauss) * weight).sum() / np.exp(log_gauss).sum()
+    value, error = local_entropy(
+        double_well, jnp.array(x), jnp.array(wall), gamma=gamma, batch_size=None,
         temperature=temperature, num_steps=4, num_chains=20_000, key=0,
     )  # fmt: skip
     # Log-normal theory overstates the error of these weights, which are bounded.
-    assert abs(found.value - temperature * np.log(ratio)) < 0.01
+    assert abs(value - temperature * np.log(ratio)) < min(0.01, 4 * error)
 
 
-def test_local_entropy_tends_to_minus_the_loss(x64):
-    found = local_entropy(
-        loss, tree(), DATA, gamma=1e14, num_steps=3, num_chains=4, key=0
-    )
-    np.testing.assert_allclose(found.value, -loss(tree(), DATA), rtol=1e-6)
-
-
+SMALL = {"gamma": 40.0, "num_chains": 4, "batch_size": None, "key": 1}
 MEASURES = {
-    "ascent": lambda f, p, b: sharpness(f, p, b, rho=RHO, num_steps=4, key=1),
+    "ascent": lambda f, p, b: sharpness(f, p, b, rho=RHO, num_steps=12, key=1),
     "average": lambda f, p, b: sharpness(
         f, p, b, rho=RHO, kind="average", num_samples=2, key=1
     ),
-    "entropy": lambda f, p, b: local_entropy(
-        f, p, b, gamma=4.0, num_steps=3, num_chains=4, key=1
-    ),
+    "entropy": lambda f, p, b: local_entropy(f, p, b, num_steps=3, **SMALL),
 }
-TEN = (2, 4, 2, 2, 2, 4, 2, 2, 2, 2)
+TEN = np.split(SINGLE, np.cumsum([2, 4, 2, 2, 2, 4, 2, 2, 2]))
 
 
 @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
-def test_ten_unequal_batches(x64, measure):
-    one, ten = jnp.asarray(DATA), batches(*TEN)
-    np.testing.assert_allclose(
-        measure(loss, tree(), ten), measure(loss, tree(), one), rtol=1e-9
-    )
-
-
-@pytest.mark.parametrize("name", ["ascent", "average"])
-def test_jit_and_sharding(x64, name):
-    measure = MEASURES[name]
+def test_the_same_however_it_is_computed(measure):
+    """On ten batches; in a program of the caller, sharded; with bfloat16 params."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.device_put(DATA, jax.NamedSharding(mesh, jax.P("d")))
-    found = jax.jit(lambda p, b: measure(loss, p, b))(tree(), sharded)
-    expected = measure(loss, tree(), jnp.asarray(DATA))
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    sharded = jax.device_put(SINGLE, jax.NamedSharding(mesh, jax.P("d")))
+    expected = jax.jit(lambda p, b: measure(loss, p, b))(HIGH, sharded)
+    found, low = (measure(loss, p, TEN) for p in (HIGH, LOW))
+    rounding = 50 * jnp.finfo(jnp.float32).eps * loss(HIGH, SINGLE)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=rounding)
+    assert low.value.dtype == jnp.float32
+    np.testing.assert_array_equal(low, found)
 
 
-@pytest.mark.parametrize("name", ["ascent", "average"])
-def test_bfloat16_params_are_computed_in_float32(name):
-    low = tree(dtype=jnp.bfloat16)
-    high = jax.tree.map(lambda x: x.astype(jnp.float32), low)
-    data = jnp.asarray(DATA, jnp.float32)
-    found, expected = (MEASURES[name](loss, p, data) for p in (low, high))
-    assert found.value.dtype == jnp.float32
-    np.testing.assert_array_equal(found, expected)
+@pytest.mark.parametrize(
+    "measure",
+    [functools.partial(sharpness, rho=RHO), functools.partial(local_entropy, **SMALL)],
+    ids=["ascent", "entropy"],
+)
+def test_many_batches_in_a_program_do_not_unroll_the_path(measure):
+    def length(num_steps):
+        fn = functools.partial(measure, loss, num_steps=num_steps)
+        return len(jax.make_jaxpr(fn)(HIGH, [SINGLE, SINGLE]).eqns)
+
+    assert length(5) == length(50)
+
+
+def test_local_entropy_tends_to_minus_the_loss():
+    found = local_entropy(loss, HIGH, TEN, num_steps=3, **SMALL | {"gamma": 1e14})
+    np.testing.assert_allclose(found.value, -loss(HIGH, SINGLE), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -239,8 +262,7 @@ def test_noise_and_one_shot_iterators(name):
     def noisy(params, batch):
         return loss(params, batch) * rng.uniform()
 
-    data = [jnp.asarray(DATA, jnp.float32)] * 2
-    params = tree(dtype=jnp.float32)
+    data, params = TEN, HIGH
     with pytest.raises(ValueError, match="same value for the same input"):
         measure(noisy, params, data)
     if name == "average":  # one pass

@@ -22,8 +22,8 @@ def integer(name: str, value: Any, minimum: int) -> int:
         raise TypeError(
             f"`{name}` must be a Python int >= {minimum}, got {value!r} of type "
             f"{type(value).__name__}. It must be known before the program is built, so "
-            "it cannot be a float, a schedule or a traced array. (What "
-            "optax.inject_hyperparams must not trace goes into its `static_args`; the "
+            "it cannot be a float, a schedule or a traced array. (With "
+            "optax.inject_hyperparams, which traces, give its `static_args`; the "
             "factory's `.static_args` has the names.)"
         )
     if value < minimum:
@@ -46,10 +46,8 @@ def number(
     """A float or a schedule; a concrete float must lie in [low, high]."""
     if callable(value):
         return value
-    right = ")" if open_high or high == math.inf else "]"
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{right}"
-    is_number = isinstance(value, int | float | np.number | np.ndarray | jax.Array)
-    if isinstance(value, bool) or not is_number:
+    interval = _interval(low, high, open_low, open_high)
+    if not _is_number(value):
         raise TypeError(
             f"`{name}` must be a float in {interval} or a schedule (a function of the "
             f"number of outer updates), got {value!r} of type {type(value).__name__}."
@@ -62,8 +60,7 @@ def number(
         raise TypeError(
             f"`{name}` must be a scalar in {interval} or a schedule, got {value!r}."
         ) from error
-    excluded = (open_low and concrete == low) or (open_high and concrete == high)
-    if excluded or not low <= concrete <= high:
+    if not _lies_in(concrete, low, high, open_low, open_high):
         raise ValueError(
             f"`{name}` must lie in {interval}, got {concrete:g}. Give a value inside, "
             "or a schedule that stays inside."
@@ -71,16 +68,49 @@ def number(
     return value
 
 
-def constant(name: str, value: Any, *interval: float, **open_ends: bool) -> float:
-    """A concrete float, with the interval as in `number`."""
-    number(name, value, *interval, **open_ends)
+def constant(
+    name: str,
+    value: Any,
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """A concrete float in [low, high]."""
+    interval = _interval(low, high, open_low, open_high)
     try:
-        return float(value)
-    except (TypeError, jax.errors.ConcretizationTypeError) as error:
+        concrete = float(value) if _is_number(value) else None
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+        concrete = None
+    if concrete is None:
         raise TypeError(
-            f"`{name}` must be a float that is known before the program is built, got "
-            f"{value!r}. It shapes a schedule, so it cannot be one, nor be traced."
-        ) from error
+            f"`{name}` must be a float that is known before the program is built, in "
+            f"{interval}, got {value!r} of type {type(value).__name__}. Give a number, "
+            "not a schedule or a traced array."
+        )
+    if not _lies_in(concrete, low, high, open_low, open_high):
+        raise ValueError(
+            f"`{name}` must lie in {interval}, got {concrete:g}. Give a value inside."
+        )
+    return concrete
+
+
+def _is_number(value: Any) -> bool:
+    kinds = int | float | np.number | np.ndarray | jax.Array
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _interval(low: float, high: float, open_low: bool, open_high: bool) -> str:
+    right = ")" if open_high or high == math.inf else "]"
+    return f"{'(' if open_low else '['}{low:g}, {high:g}{right}"
+
+
+def _lies_in(
+    value: float, low: float, high: float, open_low: bool, open_high: bool
+) -> bool:
+    excluded = (open_low and value == low) or (open_high and value == high)
+    return low <= value <= high and not excluded
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -116,8 +146,9 @@ def key(value: Any) -> jax.Array:
             return jax.random.wrap_key_data(jnp.asarray(value))
     raise ValueError(
         "`key` must be one typed key (jax.random.key(0)), one raw key "
-        f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Members of a "
-        "population need one key each: vmap over the factory and `init` together."
+        f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Several keys are for "
+        "several runs: jax.vmap over all that takes the key, of an optimizer the "
+        "factory and `init` together."
     )
 
 
@@ -146,32 +177,31 @@ def float_params(params: Any) -> None:
     """Params are given and every leaf is a real floating-point array."""
     if params is None:
         raise ValueError(
-            "`params` must be passed to `update` as the third argument, got None. "
-            "Call tx.update(grads, opt_state, params)."
+            "`params` must be passed (to `update` of an optimizer as the third "
+            "argument: tx.update(grads, opt_state, params)), got None."
         )
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         dtype = getattr(leaf, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"`params` must hold floating-point arrays only, got {leaf!r} of "
-                f"dtype {dtype} at {jax.tree_util.keystr(path) or 'the root'}. Keep "
-                "other leaves out with optax_flat.masked, or filter them first."
+                f"dtype {dtype} at {jax.tree_util.keystr(path) or 'the root'}. Filter "
+                "other leaves out and let the loss close over them, or in an optimizer "
+                "use optax_flat.masked."
             )
 
 
-def same_structure(what: str, tree: Any, params: Any) -> None:
-    """`tree` has the structure and the shapes of `params`."""
+def same_structure(
+    what: str, tree: Any, params: Any, *, hint: str | None = None
+) -> None:
+    """`tree`, by default a gradient, has the structure and the shapes of `params`."""
     got, expected = jax.tree.structure(tree), jax.tree.structure(params)
     if got != expected:
-        hint = (
-            " It returned a tuple: if it returns (grads, aux), build the optimizer "
-            "with has_aux=True."
-            if isinstance(tree, tuple) and not isinstance(params, tuple)
-            else " Return the gradient with respect to the params and nothing else."
-        )
+        if hint is None:
+            hint = _gradient_hint(tree, params)
         raise ValueError(
             f"{what} must have the structure of `params`.\n  got:      {got}\n"
-            f"  expected: {expected}\n{hint}"
+            f"  expected: {expected}\n {hint}"
         )
     shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]
     expected_shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
@@ -180,6 +210,15 @@ def same_structure(what: str, tree: Any, params: Any) -> None:
             f"{what} must have the shapes of `params`, got {shapes}, expected "
             f"{expected_shapes}."
         )
+
+
+def _gradient_hint(tree: Any, params: Any) -> str:
+    if isinstance(tree, tuple) and not isinstance(params, tuple):
+        return (
+            "It returned a tuple: if it returns (grads, aux), build the optimizer "
+            "with has_aux=True."
+        )
+    return "Return the gradient with respect to the params and nothing else."
 
 
 def leading_axis(batches: Any, length: int) -> None:

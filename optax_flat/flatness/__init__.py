@@ -2,11 +2,19 @@
 
 Every function takes ``loss_fn(params, batch)``, the mean loss of a batch, the params
 and `batches`. A list, or another iterable that is no pytree (a data loader), holds many
-batches: the loss is their mean, each weighed by the leading axis of its first leaf, and
-one at a time is in memory. Functions that go through them several times refuse one-shot
-iterators. Any other pytree, a tuple included, is one batch, and then the measure is one
-compiled program and may itself be called under `jax.jit`. Programs are compiled once
-for each `loss_fn`, so define it outside of loops.
+batches: the loss is their mean, each weighed by the leading axis of its leaves, which
+must be the same for all of them, and one at a time is in memory. Functions that go
+through them several times refuse one-shot iterators. Any other pytree, a tuple
+included, is one batch, and then the measure is one compiled program and may itself be
+called under `jax.jit`.
+
+Programs are compiled once for each `loss_fn` and kept, with what it closes over, by
+JAX's caches, so define it once, outside of loops, and hashable. What changes belongs
+into the params or the batch. Before measuring, the loss of the first batch is evaluated
+twice without `jit` and once compiled: `ValueError` if the first two differ (noise), or
+the compiled one from them by more than 0.1 % and from the same loss compiled anew as
+well (it reads something that changed since). Neither shows where `loss_fn` is itself
+jitted.
 """
 
 from optax_flat.flatness._measures import Cost as Cost

@@ -1,13 +1,15 @@
-"""One batch or many: exact means over them, and a check that the loss is a function.
+"""One batch or many: exact means over them, and checks that the loss is a function.
 
 A list, an iterator or another iterable that is no pytree (a data loader) holds many
 batches, of which one at a time is in memory. Any other pytree, a tuple included, is
 one batch.
 """
 
+import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +22,24 @@ from optax_flat._core import trees
 LossFn = Callable[[Any, Any], jax.Array]
 
 
-class Batches(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Batches:
     """What `as_batches` made of an argument `batches`."""
 
     many: bool
     first: Any  # the batch, or the first of many
     all: Iterable[Any]
+    checked: bool = False  # with the loss, by `check_deterministic`
+    num_examples: int | None = None  # of many, in the passes so far
 
 
 def as_batches(batches: Any, *, one_pass: bool = False) -> Batches:
-    """Tells one batch from many; only with `one_pass` may it be an iterator."""
+    """Tells one batch from many; only with `one_pass` may it be an iterator.
+
+    What it has made before stays as it is, so that one check serves several measures.
+    """
+    if isinstance(batches, Batches):
+        return batches
     if not _holds_many(batches):
         return Batches(False, batches, (batches,))
     if isinstance(batches, Iterator) and not one_pass:
@@ -60,28 +70,43 @@ def mean_over(batches: Batches, fn: Callable[..., Any], *args: Any) -> Any:
       *args: the other arguments of `fn`.
 
     Returns:
-      A tree like that of `fn`. A batch weighs as much as the leading axis of its first
-      leaf is long.
+      A tree like that of `fn`. A batch weighs as much as the leading axis of its leaves
+      is long.
     """
     if not batches.many:
         return trees.accumulator(fn(*args, batches.first))
-    mean, total = None, 0
+    total, sums = 0, None
     for batch in batches.all:
-        new = trees.accumulator(fn(*args, batch))
-        weight = _size(batch)
-        total += weight
-        mean = new if mean is None else _toward(new, mean, weight / total)
-    if total == 0:
-        raise ValueError(
-            "`batches` gave no examples on a later pass. Give a list, or an object "
-            "whose __iter__ starts anew each time."
-        )
-    return mean
+        size = _size(batch)
+        mean = trees.accumulator(fn(*args, batch))
+        if sums is None:
+            sums = jax.tree.map(jnp.zeros_like, mean)
+        total, sums = total + size, _add(sums, mean, float(size))
+    _check_pass(batches, total)
+    return jax.tree.map(lambda x: x / float(total), sums)
 
 
 @jax.jit
-def _toward(new, mean, part):
-    return jax.tree.map(lambda x, m: m + part * (x - m), new, mean)
+def _add(sums, mean, weight):
+    return jax.tree.map(lambda s, x: s + weight * x, sums, mean)
+
+
+def _check_pass(batches: Batches, num_examples: int) -> None:
+    """As many examples as in the passes before, and at least one."""
+    before = batches.num_examples
+    if num_examples == 0 and before is None:
+        raise ValueError(
+            "`batches` must hold at least one example, got no examples. Give batches "
+            "whose arrays begin with an axis of examples that is not empty."
+        )
+    if before not in (None, num_examples):
+        raise ValueError(
+            "`batches` must give the same examples in every pass, got "
+            f"{before} in one pass and {num_examples} in another. Give a list, or a "
+            "loader whose __iter__ starts anew each time, without drop_last under "
+            "shuffling and without random augmentation."
+        )
+    batches.num_examples = num_examples
 
 
 def is_traced(*trees: Any) -> bool:
@@ -93,12 +118,16 @@ def is_traced(*trees: Any) -> bool:
 def check_deterministic(
     loss_fn: LossFn, params: optax.Params, batches: Batches
 ) -> None:
-    """The loss is one number, and for the same input the same number.
+    """The loss is one number, for the same input the same, and not a stale one.
 
     It is evaluated twice on the first batch, without `jit`, which would freeze what a
-    host's random generator gave. Under a trace only its shape can be seen.
+    host's random generator gave, and once compiled. Under a trace only its shape can
+    be seen.
     """
-    value = jax.eval_shape(loss_fn, params, batches.first)
+    if batches.checked:
+        return
+    _check_hashable(loss_fn)
+    value = _shape(loss_fn, params, batches)
     dtype = getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
     if not is_float or value.shape != ():
@@ -106,7 +135,7 @@ def check_deterministic(
             "`loss_fn` must return the mean loss of the batch, a scalar, got "
             f"{value!r}. Drop auxiliary outputs: lambda p, b: loss_fn(p, b)[0]."
         )
-    if is_traced(params, batches.first):
+    if is_traced(params, batches.first, batches.all):
         return
     once, twice = (loss_fn(params, batches.first) for _ in range(2))
     close = 100 * float(jnp.finfo(dtype).eps)  # sums on a GPU
@@ -117,6 +146,65 @@ def check_deterministic(
             "noise off and normalization to its running statistics (evaluation mode), "
             "or give the loss a fixed key."
         )
+    _check_fresh(loss_fn, params, batches.first, once)
+    batches.checked = True
+
+
+def _check_hashable(loss_fn: LossFn) -> None:
+    try:
+        hash(loss_fn)
+    except TypeError as error:
+        raise TypeError(
+            "`loss_fn` must be hashable, since compiled programs are found by it, got "
+            f"an object of type {type(loss_fn).__name__} ({error}). Give a plain "
+            "function: lambda p, b: model_loss(p, b)."
+        ) from error
+
+
+def _shape(loss_fn: LossFn, params: optax.Params, batches: Batches) -> Any:
+    try:
+        return jax.eval_shape(loss_fn, params, batches.first)
+    except Exception as error:
+        if _may_be_one(batches.all):
+            error.add_note(
+                "`batches` is a list, which means many batches, and `loss_fn` got the "
+                "first of them. If it was meant as one batch, give a tuple: (x, y)."
+            )
+        raise
+
+
+def _check_fresh(
+    loss_fn: LossFn, params: optax.Params, batch: Any, eager: jax.Array
+) -> None:
+    """What the loss closes over is what it was when its programs were compiled."""
+
+    def renewed(params, batch):
+        return loss_fn(params, batch)
+
+    compiled = _compiled_loss(loss_fn, params, batch)
+    rounding = max(1e-3, float(jnp.finfo(compiled.dtype).eps))
+    close = functools.partial(np.allclose, rtol=rounding, atol=0.0, equal_nan=True)
+    # Compiled in another way the same loss may round otherwise, compiled anew not.
+    if not close(compiled, eager) and not close(
+        compiled, jax.jit(renewed)(params, batch)
+    ):
+        raise ValueError(
+            "`loss_fn` reads something that changed since it was compiled (eager value "
+            f"{float(eager):.9g}, compiled value {float(compiled):.9g}). Put what "
+            "changes into `params` or the batch, or make a new function."
+        )
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def _compiled_loss(loss_fn, params, batch):
+    return loss_fn(params, batch)
+
+
+def _may_be_one(batches: Any) -> bool:
+    """Whether it is a list [x, y, ...] of arrays with as many examples each."""
+    if not isinstance(batches, list) or not jax.tree_util.all_leaves(batches):
+        return False
+    return len({jnp.shape(array)[:1] for array in batches}) == 1
 
 
 def _holds_many(batches: Any) -> bool:
@@ -127,11 +215,13 @@ def _holds_many(batches: Any) -> bool:
 
 
 def _size(batch: Any) -> int:
-    shape = next((jnp.shape(leaf) for leaf in jax.tree.leaves(batch)), ())
-    if not shape:
+    shapes = jax.tree.map(jnp.shape, batch)
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(batch)}
+    if len(lengths) != 1 or lengths == {()}:
         raise ValueError(
-            "every batch must be weighed by the leading axis of its first leaf, got "
-            f"{jax.tree.map(jnp.shape, batch)}. Give batches whose arrays begin with "
-            "the axis of the examples."
+            "one of many batches is weighed by the number of its examples, so all its "
+            f"arrays must have one leading axis, got the shapes {shapes}. Keep other "
+            "things, such as weights of classes, out of the batch: let `loss_fn` close "
+            "over them."
         )
-    return shape[0]
+    return lengths.pop()[0]

@@ -6,7 +6,7 @@ in Python, and each product goes through the batches, each by a compiled functio
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +14,8 @@ import optax
 from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
-from optax_flat._core import checks, extras, trees
-from optax_flat.flatness import _batches
+from optax_flat._core import checks, trees
+from optax_flat.flatness import _batches, _progress
 
 
 class Hessian(NamedTuple):
@@ -25,6 +25,8 @@ class Hessian(NamedTuple):
     size: int  # n
     dtype: Any  # at least float32
     unravel: Callable[[jax.Array], Any]  # [n] -> tree like params
+    # Makes of a function [n] -> [n] one that Matfree may trace.
+    opaque: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -59,10 +61,14 @@ def run(
             program, loss_fn, settings, params=params, batch=batches.first, key=key
         )
     hessian = _hessian(loss_fn, params, batches)
-    if _batches.is_traced(params, batches.first, key):
+    if _batches.is_traced(params, batches.first, batches.all, key):
         return _call(program, hessian, key, settings)  # in the caller's program
-    with _counter(progress) as count, jax.disable_jit():
-        return _call(program, _in_python(hessian, count), key, settings)
+    with (
+        _progress.counter(progress, unit="product", desc="Hessian") as count,
+        jax.disable_jit(),
+        _in_python(hessian, count) as hessian,
+    ):
+        return _call(program, hessian, key, settings)
 
 
 def _hessian(loss_fn, params, batches) -> Hessian:
@@ -74,7 +80,7 @@ def _hessian(loss_fn, params, batches) -> Hessian:
         with jax.default_matmul_precision(users):
             return ravel_pytree(_batches.mean_over(batches, one_batch))[0]
 
-    return Hessian(matvec, flat.size, flat.dtype, unravel)
+    return Hessian(matvec, flat.size, flat.dtype, unravel, opaque=lambda fn: fn)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "loss_fn", "settings"))
@@ -90,29 +96,40 @@ def _call(program, hessian, key, settings):
         return program(hessian, key, *settings)
 
 
-# Matfree traces the product before its loop starts. As a primitive the product stays
+# Matfree traces a product before its loop starts. As a primitive the product stays
 # one opaque step there, and runs only when the loop, in Python, comes to it.
 _step = Primitive("hessian_vector_product")
-_step.def_impl(lambda vector, *, call: call(vector))
-_step.def_abstract_eval(lambda vector, *, call: vector)
+_step.def_impl(lambda vector, *, slot: slot.call(vector))
+_step.def_abstract_eval(lambda vector, *, slot: vector)
 
 
-def _in_python(hessian: Hessian, count: Callable[[], Any]) -> Hessian:
-    def call(vector):
-        with jax.disable_jit(False):
-            result = hessian.matvec(vector)
-        count()
-        return result
+class _Slot:
+    """Holds a product while a program runs: JAX keeps for longer what it traced."""
 
-    return hessian._replace(matvec=lambda vector: _step.bind(vector, call=call))
+    def __init__(self, call: Callable[..., jax.Array] | None):
+        self.call = call
 
 
 @contextlib.contextmanager
-def _counter(progress: bool):
-    """Counts products on a progress bar, or nowhere."""
-    if not progress:
-        yield lambda: None
-        return
-    tqdm = extras.load("tqdm.auto", "progress", "progress=True").tqdm
-    with tqdm(unit="product", desc="Hessian") as bar:
-        yield bar.update
+def _in_python(
+    hessian: Hessian, count: Callable[[int, Any], None]
+) -> Iterator[Hessian]:
+    """The same Hessian for loops in Python, as long as the context lasts."""
+    slots = []
+
+    def opaque(fn):
+        slot = _Slot(fn)
+        slots.append(slot)
+        return lambda vector: _step.bind(vector, slot=slot)
+
+    def matvec(vector):
+        with jax.disable_jit(False):
+            result = hessian.matvec(vector)
+            count(1, result)
+        return result
+
+    try:
+        yield hessian._replace(matvec=opaque(matvec), opaque=opaque)
+    finally:
+        for slot in slots:
+            slot.call = None

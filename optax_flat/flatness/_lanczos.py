@@ -25,21 +25,22 @@ class Ritz(NamedTuple):
 def lanczos(matvec, start, num_matvecs) -> Ritz:
     """Lanczos' method, cut off where the Krylov space is exhausted.
 
-    Matfree goes on there, dividing rounding errors (or zero) by their length, and its
-    tridiagonal matrix does not show it. Its Hessenberg matrix does, which for symmetric
-    H is the same matrix: the length is below the diagonal.
+    Matfree goes on there, dividing rounding errors (or zero) by their length. That does
+    no harm as long as the result is orthogonal to the vectors before it: then it is one
+    more direction. Where it is not, what follows is cut off. No length says as much,
+    since one below the rounding of the largest eigenvalue may still lead to others.
     """
     decomp = extras.load("matfree.decomp", "flatness", "Lanczos' method")
     hessenberg = decomp.hessenberg(num_matvecs, reortho="full", custom_vjp=False)
     basis, matrix, *_ = hessenberg(matvec, start)
     diagonal, lengths = jnp.diagonal(matrix), jnp.diagonal(matrix, -1)
     scale = jnp.nanmax(jnp.abs(jnp.concatenate([diagonal, lengths])))
-    rounding = 100.0 * jnp.finfo(matrix.dtype).eps * scale
-    goes_on = jnp.cumprod(lengths > rounding).astype(bool)  # false for NaN
-    alive = jnp.concatenate([jnp.ones(1, bool), goes_on])
+    before = jnp.abs(jnp.tril(basis @ basis.T, -1)).max(axis=1)
+    orthogonal = before < jnp.finfo(matrix.dtype).eps ** 0.5  # false for NaN
+    alive = jnp.cumprod(orthogonal.at[0].set(True)).astype(bool)
     # What fills up is apart from all Ritz values, so that eigh does not mix them.
     diagonal = jnp.where(alive, diagonal, -4.0 * scale)
-    lengths = jnp.where(goes_on, lengths, 0.0)
+    lengths = jnp.where(alive[1:], lengths, 0.0)
     tridiagonal = jnp.diag(diagonal) + jnp.diag(lengths, 1) + jnp.diag(lengths, -1)
     values, coefficients = jnp.linalg.eigh(tridiagonal)
     live = alive @ coefficients**2 > 0.5

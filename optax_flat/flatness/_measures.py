@@ -38,6 +38,7 @@ class Settings(NamedTuple):
     gamma: float
     temperature: float
     entropy_steps: int
+    filter_axis: int
     batch_size: int | None
 
 
@@ -73,7 +74,7 @@ class Run:
         settings: Settings,
     ):
         self.found, self.params = _points.prepare(loss_fn, params, batches)
-        self.point = (loss_fn, self.params, batches)
+        self.point = (loss_fn, self.params, self.found)  # checked once for all
         self.size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         self.key = key
         self.settings = settings
@@ -118,7 +119,9 @@ def compute(run: Run, name: str) -> tuple[Any, Cost]:
         run.spent.forward_passes - before.forward_passes,
         seconds,
     )
-    return as_kind(MEASURES[name].kind, value), cost
+    named = hasattr(value, "_asdict")
+    fields = value._asdict() if named else value
+    return as_kind(MEASURES[name].kind, fields), cost
 
 
 def as_kind(kind: type, value: Any) -> Any:
@@ -126,11 +129,11 @@ def as_kind(kind: type, value: Any) -> Any:
 
     Args:
       kind: float or a NamedTuple.
-      value: a number, or its fields in order. Texts such as "nan" are numbers too.
+      value: a number, or its fields by name. Texts such as "nan" are numbers too.
     """
     if kind is float:
         return float(value)
-    return kind(*[_float_or_array(field) for field in value])
+    return kind(**{name: _float_or_array(value[name]) for name in value})
 
 
 def _float_or_array(value):
@@ -171,13 +174,13 @@ def _spectral_density(run, name):
 
 
 def _sam_step(run, name):
-    run.spend(gradients=2)
+    run.spend(gradients=1, forward_passes=1)
     return sharpness(*run.point, rho=run.settings.rho)
 
 
 def _ascent(run, name, rho, adaptive):
     num_steps = run.settings.ascent_steps
-    run.spend(gradients=num_steps + 2)  # at the params and where it starts
+    run.spend(gradients=num_steps, forward_passes=2)  # at the params and at the end
     return sharpness(
         *run.point, rho=rho, adaptive=adaptive, num_steps=num_steps,
         key=measure_key(run.key, name),
@@ -187,15 +190,17 @@ def _ascent(run, name, rho, adaptive):
 def _average(run, name):
     num_samples = run.settings.num_samples
     run.spend(forward_passes=2 * num_samples + 1)
+    radius = run.settings.sigma * run.size**0.5
     return sharpness(
-        *run.point, rho=run.settings.rho, kind="average", num_samples=num_samples,
+        *run.point, rho=radius, kind="average", num_samples=num_samples,
         batch_size=run.settings.batch_size, key=measure_key(run.key, name),
     )  # fmt: skip
 
 
 def _m_sharpness(run, name):
     settings = run.settings
-    run.spend(gradients=2)  # each shard makes its own share of a pass
+    # Each shard makes its own share of a pass.
+    run.spend(gradients=1, forward_passes=1)
     return sharpness(
         *run.point, rho=settings.rho, m=settings.m, batch_size=settings.batch_size
     )
@@ -213,7 +218,9 @@ def _local_energy(run, name):
 def _local_entropy(run, name):
     settings = run.settings
     chains = settings.num_samples + max(2, settings.num_samples // 4)  # with pilots
-    run.spend(gradients=2 * settings.entropy_steps * chains + 1)
+    run.spend(
+        gradients=2 * (settings.entropy_steps - 1) * chains, forward_passes=chains + 1
+    )
     return local_entropy(
         *run.point, gamma=settings.gamma, temperature=settings.temperature,
         num_steps=settings.entropy_steps, num_chains=settings.num_samples,
@@ -270,6 +277,11 @@ MEASURES = {
         ),
     ),
     "random_line": Measure(
-        Line, lambda run, name: _line(run, key=measure_key(run.key, name))
+        Line,
+        lambda run, name: _line(
+            run,
+            key=measure_key(run.key, name),
+            filter_axis=run.settings.filter_axis,
+        ),
     ),
 }

@@ -19,9 +19,10 @@ from optax_flat.flatness._batches import (
     LossFn,
     as_batches,
     check_deterministic,
+    is_traced,
     mean_over,
 )
-from optax_flat.flatness.curvature import Estimate
+from optax_flat.flatness.curvature import Estimate, estimate
 
 
 def prepare(
@@ -38,12 +39,6 @@ def prepare(
 def check_batch_size(value: Any) -> int | None:
     """How many points are evaluated at a time; None is all of them."""
     return None if value is None else checks.integer("batch_size", value, 1)
-
-
-def estimate(samples: jax.Array) -> Estimate:
-    """The mean of independent samples [S] and its standard error, 0 if S is 1."""
-    variance = jnp.var(samples, ddof=min(1, samples.size - 1))
-    return Estimate(samples.mean(), jnp.sqrt(variance / samples.size))
 
 
 @functools.partial(jax.jit, static_argnames="law")
@@ -72,6 +67,12 @@ def mapped(fn: Callable[[Any], Any], xs: Any, batch_size: int | None) -> Any:
     if batch_size is None:
         return jax.vmap(fn)(xs)
     return jax.lax.map(fn, xs, batch_size=batch_size)
+
+
+@functools.partial(jax.jit, static_argnames="loss_fn")
+def value(w: optax.Params, batch: Any, *, loss_fn: LossFn) -> Any:
+    """The loss of a batch, in at least float32."""
+    return trees.accumulator(loss_fn(w, batch))
 
 
 @functools.partial(jax.jit, static_argnames="loss_fn")
@@ -108,10 +109,14 @@ def _jitted(fn, settings, w, batch, *args):
 def repeat(
     body: Callable[[Any, Any], Any], carry: Any, xs: Any, batches: Batches
 ) -> Any:
-    """``carry = body(carry, x)`` for each x: a `lax.scan` if there is one batch."""
-    if not batches.many:
+    """``carry = body(carry, x)`` for each x, which may be none.
+
+    It is a `lax.scan` if there is one batch or the program is traced anyway.
+    """
+    length = len(jax.tree.leaves(xs)[0])
+    if length and (not batches.many or is_traced(carry, batches.first)):
         return jax.lax.scan(lambda carry, x: (body(carry, x), None), carry, xs)[0]
-    for i in range(len(jax.tree.leaves(xs)[0])):
+    for i in range(length):
         carry = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
     return carry
 
@@ -133,20 +138,27 @@ def average_rise(
     adaptive: bool,
     batch_size: int | None,
 ) -> Estimate:
-    """The mean of f(w + e) - f(w) over e of a law, times `size` and the scale."""
+    """The mean of f(w + e) - f(w) over e of a law, times `size` and the scale.
+
+    The rounding of f(w) is in every sample, so their spread does not show it; it is
+    added to the standard error, as eps f(w).
+    """
     num_samples = checks.integer("num_samples", num_samples, 2)
     keys = jax.random.split(checks.key(key), num_samples)
     rises = functools.partial(
         _rises, loss_fn=loss_fn, law=law, adaptive=adaptive, batch_size=batch_size
     )
-    return estimate(mean_over(batches, rises, w, size, keys))
+    samples, loss = mean_over(batches, rises, w, size, keys)
+    found = estimate(samples)
+    rounding = jnp.finfo(loss.dtype).eps * jnp.abs(loss)
+    return found._replace(standard_error=jnp.hypot(found.standard_error, rounding))
 
 
 @functools.partial(
     jax.jit, static_argnames=("loss_fn", "law", "adaptive", "batch_size")
 )
 def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, batch_size):
-    """For each key the mean rise at w + e and w - e, [S]."""
+    """For each key the mean rise at w + e and w - e, [S]; and f(w), []."""
     unit = scale(w, adaptive)
 
     def loss(point) -> Any:
@@ -158,4 +170,4 @@ def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, batch_size):
         return ((up - loss_at_w) + (down - loss_at_w)) / 2
 
     loss_at_w = loss(w)
-    return mapped(rise, keys, batch_size)
+    return mapped(rise, keys, batch_size), loss_at_w

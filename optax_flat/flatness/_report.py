@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+_COLUMNS = ["measure", "value", "std. error", "residual", "gradients", "seconds"]
+
+
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Report:
     """What `report` returns; ``str(report)`` is a table.
@@ -38,7 +41,7 @@ class Report:
       sharpness_one_step: rise of the loss at SAM's point, with the radius `rho`.
       sharpness_worst: by `ascent_steps` steps of ascent in the same ball.
       sharpness_adaptive: likewise, in the adaptive ball with `adaptive_rho`.
-      sharpness_average: over the sphere of the radius `rho`.
+      sharpness_average: over the sphere of the radius `sigma` times the root of n.
       m_sharpness: one step for each shard of `m` examples; None without `m`.
       local_energy, local_entropy: with `sigma`; with `gamma` and `temperature`.
       eigenvector_line, random_line: the loss along the first eigenvector, in units of
@@ -54,9 +57,9 @@ class Report:
       >>> found.trace.value, found.costs["trace"].hvps
       (8.0, 32)
       >>> print(found)
-      measure  value  error  gradients  seconds
-      loss         4                 1  ...
-      trace        8      0         64  ...
+      measure  value  std. error  residual  gradients  seconds
+      loss         4                                1  ...
+      trace        8           0                   64  ...
       >>> Report.from_json(found.to_json()).loss
       4.0
     """
@@ -83,11 +86,12 @@ class Report:
     random_line: Line | None = None
 
     def numbers(self) -> dict[str, Estimate]:
-        """Every measure that is a number, with its error.
+        """Every measure that is a number, with its standard error.
 
         Returns:
-          `Estimate` by name. The error of an eigenvalue is its residual, and those
-          after the first are "top_eigenvalues_2" and so on. NaN where there is none.
+          `Estimate` by name. Eigenvalues after the first are "top_eigenvalues_2" and so
+          on. The standard error is NaN where there is none; the residuals of the
+          eigenvalues, which bound their errors, are in the attributes.
         """
         found = {}
         for name in self.costs:
@@ -95,12 +99,12 @@ class Report:
         return found
 
     def __str__(self) -> str:
-        """Measures, errors, gradients of the same price, and seconds.
+        """Measures, their errors, gradients of the same price, and seconds.
 
-        Of the density the ends of the grid are shown, of a line the lowest and the
-        highest loss.
+        Eigenvalues have a residual, which bounds their error. Of the density the ends
+        of the grid are shown, of a line the lowest and the highest loss.
         """
-        rows = [["measure", "value", "error", "gradients", "seconds"]]
+        rows = [_COLUMNS]
         for name, cost in self.costs.items():
             price = [f"{cost.gradient_equivalents:.4g}", f"{cost.seconds:.2f}"]
             for row in _shown_values(name, getattr(self, name)):
@@ -150,10 +154,7 @@ class Report:
             content = json.loads(text)
             costs = {name: Cost(**cost) for name, cost in content["costs"].items()}
             measures = {
-                name: as_kind(
-                    MEASURES[name].kind,
-                    value.values() if isinstance(value, dict) else value,
-                )
+                name: as_kind(MEASURES[name].kind, value)
                 for name, value in content["measures"].items()
             }
             shared = {key: content[key] for key in ("num_parameters", "settings")}
@@ -183,19 +184,24 @@ def _numbers(name, value):
         return {name: value}
     if isinstance(value, Eigenvalues):
         names = [name, *(f"{name}_{i}" for i in range(2, len(value.values) + 1))]
-        pairs = zip(value.values.tolist(), value.residuals.tolist(), strict=True)
-        return {n: Estimate(*pair) for n, pair in zip(names, pairs, strict=True)}
+        values = zip(names, value.values.tolist(), strict=True)
+        return {name: Estimate(number, math.nan) for name, number in values}
     return {}
 
 
 def _shown_values(name, value):
-    """Rows of name, value and error; of a curve the ends of what it covers."""
+    """Rows of name, value, standard error and residual; of a curve its ends."""
     if isinstance(value, Density | Line):
         covered = value.grid if isinstance(value, Density) else value.losses
-        yield words(name), f"{np.min(covered):.2g}..{np.max(covered):.2g}", ""
+        yield words(name), f"{np.min(covered):.2g}..{np.max(covered):.2g}", "", ""
+    residuals = iter(value.residuals if isinstance(value, Eigenvalues) else ())
     for number, (best, error) in _numbers(name, value).items():
-        shown = "" if math.isnan(error) else f"{error:.2g}"
-        yield words(number), f"{best:.4g}", shown
+        errors = [_shown_error(error), _shown_error(next(residuals, math.nan))]
+        yield words(number), f"{best:.4g}", *errors
+
+
+def _shown_error(error):
+    return "" if math.isnan(error) else f"{error:.2g}"
 
 
 def words(name: str) -> str:

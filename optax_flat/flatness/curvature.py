@@ -24,6 +24,12 @@ class Estimate(NamedTuple):
     standard_error: Any  # [], the standard deviation of `value` over keys, estimated
 
 
+def estimate(samples: jax.Array) -> Estimate:
+    """The mean of independent samples [S] and its standard error, 0 if S is 1."""
+    variance = jnp.var(samples, ddof=min(1, samples.size - 1))
+    return Estimate(samples.mean(), jnp.sqrt(variance / samples.size))
+
+
 def hvp(
     loss_fn: _batches.LossFn, params: optax.Params, batches: Any, vector: optax.Params
 ) -> optax.Params:
@@ -46,9 +52,11 @@ def hvp(
       H v, a tree like `params`, in at least float32 (in which it is also computed).
 
     Raises:
-      TypeError: a loss that is no scalar, params that are no floating-point arrays.
-      ValueError: no batches, batches that cannot be weighed, a vector of other shapes,
-        a loss with two values for the same input.
+      TypeError: a loss that is no scalar or no hashable function, params that are no
+        floating-point arrays.
+      ValueError: no batches, batches that cannot be weighed or are others in every
+        pass, a vector of other shapes, a loss with two values for the same input, or
+        with one that changed since it was compiled.
 
     Example:
       >>> import jax.numpy as jnp
@@ -62,12 +70,9 @@ def hvp(
       Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6, 1994.
     """
     checks.float_params(params)
-    if jax.tree.map(jnp.shape, vector) != jax.tree.map(jnp.shape, params):
-        raise ValueError(
-            "`vector` must have the structure and the shapes of `params`, got "
-            f"{jax.tree.map(jnp.shape, vector)}, expected "
-            f"{jax.tree.map(jnp.shape, params)}."
-        )
+    checks.same_structure(
+        "`vector`", vector, params, hint="Give one number for each of the params."
+    )
     params = trees.accumulator(params)
     given = _batches.as_batches(batches, one_pass=True)
     _batches.check_deterministic(loss_fn, params, given)
@@ -135,7 +140,7 @@ def trace(
         _quadratic_forms, loss_fn, params, batches,
         key=key, settings=(num_samples, "trace"), progress=progress,
     )  # fmt: skip
-    return _estimate(samples)
+    return estimate(samples)
 
 
 def frobenius_norm(
@@ -191,7 +196,7 @@ def frobenius_norm(
         _quadratic_forms, loss_fn, params, batches,
         key=key, settings=(num_samples, "square"), progress=progress,
     )  # fmt: skip
-    square = _estimate(samples)
+    square = estimate(samples)
     value = jnp.sqrt(square.value)
     slope = jnp.where(value == 0.0, 0.0, 0.5 / jnp.where(value == 0.0, 1.0, value))
     return Estimate(value, slope * square.standard_error)
@@ -211,8 +216,3 @@ def _quadratic_forms(hessian, key, num_samples, kind):
         return integrand(hessian.matvec, draw(key)[0])
 
     return jax.lax.map(one_sample, jax.random.split(key, num_samples))
-
-
-def _estimate(samples) -> Estimate:
-    deviation = jnp.std(samples, ddof=1)
-    return Estimate(jnp.mean(samples), deviation / samples.size**0.5)

@@ -5,7 +5,6 @@ r"""The loss along a line and over a plane through the params.
 All points share one pass over the batches.
 """
 
-import contextlib
 import functools
 import math
 from typing import Any, NamedTuple
@@ -14,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, extras, trees
-from optax_flat.flatness import _points
+from optax_flat._core import checks, trees
+from optax_flat.flatness import _points, _progress
 from optax_flat.flatness._batches import LossFn, mean_over
 from optax_flat.flatness.directions import random_direction
 
@@ -44,6 +43,7 @@ def line(
     to: optax.Params | None = None,
     positions: Any = None,
     normalize: str = "filter",
+    filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
     key: jax.typing.ArrayLike | None = None,
@@ -68,6 +68,7 @@ def line(
       positions: the values of a, [n]; None is 51 points from -1 to 1, with `to` from
         -0.5 to 1.5, that is half the distance beyond either end.
       normalize: of a random direction: "filter" or "none".
+      filter_axis: of a random direction's filters: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points are evaluated at a time; None is all of them.
       progress: whether to show a progress line (needs the extra `progress`).
       key: a typed or raw PRNG key, or an int, for a random direction.
@@ -110,7 +111,7 @@ def line(
         _check_like("direction", direction, params)
         d = direction
     else:
-        d = _random(params, key, normalize, "direction")
+        d = _random(params, key, normalize, filter_axis, "direction")
     low, high = (-1.0, 1.0) if to is None else (-0.5, 1.5)
     a = _axis("positions", positions, low, high, 51)
     losses = _losses(
@@ -129,6 +130,7 @@ def plane(
     x: Any = None,
     y: Any = None,
     normalize: str = "filter",
+    filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
     key: jax.typing.ArrayLike | None = None,
@@ -152,6 +154,7 @@ def plane(
       x: positions along the first direction, [n]; None is 25 points from -1 to 1.
       y: positions along the second, [m]; None is 25 points from -1 to 1.
       normalize: of random directions: "filter" or "none".
+      filter_axis: of a random direction's filters: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points are evaluated at a time; None is all of them.
       progress: whether to show a progress line (needs the extra `progress`).
       key: a typed or raw PRNG key, or an int, for random directions.
@@ -181,7 +184,9 @@ def plane(
     checks.float_params(params)
     if directions is None:
         keys = (None, None) if key is None else jax.random.split(checks.key(key))
-        d1, d2 = (_random(params, key, normalize, "directions") for key in keys)
+        d1, d2 = (
+            _random(params, key, normalize, filter_axis, "directions") for key in keys
+        )
     elif isinstance(directions, tuple | list) and len(directions) == 2:
         d1, d2 = directions
         _check_like("directions", d1, params)
@@ -200,13 +205,13 @@ def plane(
     return Plane(x, y, losses.reshape(y.size, x.size))
 
 
-def _random(params, key, normalize, name):
+def _random(params, key, normalize, filter_axis, name):
     if key is None:
         raise ValueError(
             "`key` must be given for a random direction, got None. Give a key, or "
             f"`{name}`."
         )
-    return random_direction(params, key, normalize=normalize)
+    return random_direction(params, key, normalize=normalize, filter_axis=filter_axis)
 
 
 def _axis(name, values, low, high, default):
@@ -220,12 +225,8 @@ def _axis(name, values, low, high, default):
 
 
 def _check_like(name, tree, params):
-    if jax.tree.map(jnp.shape, tree) != jax.tree.map(jnp.shape, params):
-        raise ValueError(
-            f"`{name}` must have the structure and the shapes of `params`, got "
-            f"{jax.tree.map(jnp.shape, tree)}, expected "
-            f"{jax.tree.map(jnp.shape, params)}."
-        )
+    hint = "Give one number for each of the params."
+    checks.same_structure(f"`{name}`", tree, params, hint=hint)
 
 
 def _losses(loss_fn, params, batches, directions, points, *, batch_size, progress):
@@ -237,13 +238,13 @@ def _losses(loss_fn, params, batches, directions, points, *, batch_size, progres
     blocks = math.ceil(len(points) / (batch_size or len(points))) if progress else 1
     blocks = jnp.array_split(points, blocks)
     at = functools.partial(_losses_at, loss_fn=loss_fn, batch_size=batch_size)
-    with _counter(progress) as count:
+    with _progress.counter(progress, unit="point", desc="losses") as count:
 
         def one_batch(w, batch):
             losses = []
             for block in blocks:
                 losses.append(at(w, directions, block, batch))
-                count(losses[-1])
+                count(len(block), losses[-1])
             return jnp.concatenate(losses)
 
         return mean_over(batches, one_batch, w)
@@ -258,14 +259,3 @@ def _losses_at(w, directions, points, batch, *, loss_fn, batch_size):
         return trees.accumulator(loss_fn(trees.cast_like(point, w), batch))
 
     return _points.mapped(loss, points, batch_size)
-
-
-@contextlib.contextmanager
-def _counter(progress):
-    """Counts points, over all batches, on a progress line."""
-    if not progress:
-        yield lambda losses: None
-        return
-    tqdm = extras.load("tqdm.auto", "progress", "progress=True").tqdm
-    with tqdm(unit="point", desc="losses") as bar:
-        yield lambda losses: bar.update(len(jax.block_until_ready(losses)))

@@ -44,7 +44,8 @@ def local_energy(
       key: a typed or raw PRNG key, or an int.
 
     Returns:
-      `Estimate`: the rise and its standard error over the samples, both [].
+      `Estimate`: the rise and its standard error, both []. The error is over the
+      samples, and in quadrature the rounding of f(w), eps f(w), which they share.
 
     Raises:
       ValueError: an argument outside the range given above, or a loss with noise.

@@ -18,7 +18,7 @@ Metropolis rule in the moves, and the spread of the weights says how far to trus
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +72,9 @@ def local_entropy(
     value, each move one leapfrog step with a Metropolis rule that keeps the
     distribution at its gamma, and collect what the loss rises in their weights. The
     step size is set by further chains, a quarter as many, that do not count. Two
-    gradient evaluations on all batches per step and chain.
+    gradient evaluations on all batches per move and chain, of which there is one less
+    than steps, and a forward pass at the end. A chain that meets an infinite loss, or
+    one that is no number, has the weight 0.
 
     If the standard error is large, take more steps. How many it needs grows with the
     number and the size of the curvatures above gamma, and with the way to the nearest
@@ -88,15 +90,16 @@ def local_entropy(
         `gamma` of `optax_flat.entropy_sgd`.
       temperature: T, > 0.
       num_steps: gammas on the way, >= 1.
-      num_chains: chains that are weighed, >= 2. Each holds two copies of the params and
-        a gradient.
-      batch_size: how many chains are evaluated at a time; None is all of them.
+      num_chains: chains that are weighed, >= 2. Memory is needed for about seven copies
+        of the params for each chain, the further ones included.
+      batch_size: how many chains are evaluated at a time; None is all of them. It
+        bounds the memory of the evaluation, not that of the chains.
       key: a typed or raw PRNG key, or an int.
 
     Returns:
       `Estimate`: F in the units of the loss and its standard error, both []. The error
-      is that of a mean of log-normal weights, which grows without bound with their
-      spread.
+      is that of a mean of weights that are 0 with some probability, else log-normal; it
+      grows without bound with their spread.
 
     Raises:
       ValueError: an argument outside the range given above, or a loss with noise.
@@ -134,71 +137,141 @@ def local_entropy(
         _anneal, x, batches, gamma, temperature, key, loss_fn=loss_fn,
         num_steps=num_steps, num_chains=num_chains, batch_size=batch_size,
     )  # fmt: skip
-    log_mean = jax.nn.logsumexp(log_weights) - jnp.log(num_chains)
-    relative = jnp.expm1(jnp.var(log_weights, ddof=1)) / num_chains
-    return Estimate(temperature * log_mean - loss, temperature * jnp.sqrt(relative))
+    return _estimate(loss, log_weights, temperature)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def _losses_and_grads(x, u, s, batch, *, loss_fn, batch_size):
-    """f(x + s u) and its gradient in u for each u; [C], and a tree like `u`."""
+@jax.jit
+def _estimate(loss, log_weights, temperature):
+    log_mean = jax.nn.logsumexp(log_weights) - jnp.log(log_weights.size)
+    error = jnp.sqrt(_relative_variance(log_weights) / log_weights.size)
+    return Estimate(temperature * log_mean - loss, temperature * error)
+
+
+def _relative_variance(log_weights):
+    """Var w / (E w)^2 of weights that are 0 or log-normal."""
+    alive = log_weights > -jnp.inf
+    count = jnp.sum(alive)
+    mean = jnp.sum(jnp.where(alive, log_weights, 0.0)) / jnp.maximum(count, 1)
+    squares = jnp.where(alive, (log_weights - mean) ** 2, 0.0)
+    variance = jnp.sum(squares) / jnp.maximum(count - 1, 1)
+    return jnp.expm1(variance - jnp.log(count / log_weights.size))
+
+
+class _Chains(NamedTuple):
+    u: Any  # trees like x with a leading axis
+    momentum: Any
+    losses: jax.Array  # [C], where the chains are; inf where they are no numbers
+    log_weights: jax.Array  # [C]
+    size: jax.Array  # of the moves, []
+
+
+@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "with_grads"))
+def _losses(x, u, s, batch, *, loss_fn, batch_size, with_grads):
+    """f(x + s u) for each u, [C]; and its gradients in u, a tree like `u`."""
 
     def loss(u):
         point = trees.cast_like(optax.tree.add_scale(x, s, u), x)
         return trees.accumulator(loss_fn(point, batch))
 
-    return _points.mapped(jax.value_and_grad(loss), u, batch_size)
+    fn = jax.value_and_grad(loss) if with_grads else loss
+    return _points.mapped(fn, u, batch_size)
 
 
 def _anneal(
     x, batches, gamma, temperature, key, *, loss_fn, num_steps, num_chains, batch_size
 ):
     """f(x), [], and the logarithms of the weights, [num_chains]."""
-    fn = functools.partial(_losses_and_grads, loss_fn=loss_fn, batch_size=batch_size)
+    at = functools.partial(_losses, loss_fn=loss_fn, batch_size=batch_size)
+    with_grads = functools.partial(at, with_grads=True)
 
-    def evaluate(u, s):
-        losses, grads = mean_over(batches, fn, x, u, s)
-        return losses / temperature, optax.tree.scale(1.0 / temperature, grads)
-
-    pilots = max(2, num_chains // 4)
-    like = jax.tree.map(
-        lambda x: jnp.zeros((num_chains + pilots, *x.shape), x.dtype), x
-    )
-
-    def body(carry, step):
-        u, momentum, energy, log_weights, size = carry
+    def body(chains, step):
         s, key = step
-        refresh_key, accept_key = jax.random.split(key)
-        start, grads = evaluate(u, s)
-        log_weights -= start - energy
-        momentum = _refresh(momentum, refresh_key)
-        turned, kicked, gained = _kick_and_turn(u, momentum, grads, size)
-        end, grads = evaluate(turned, s)
-        kicked, gained_at_end = _kick(kicked, grads, size)
-        probability = _probability(end - start + gained + gained_at_end)
-        accepted = jax.random.uniform(accept_key, probability.shape) < probability
-        u = _where(accepted, turned, u)
-        # A rejected chain turns back, for the sake of detailed balance.
-        momentum = _where(accepted, kicked, optax.tree.scale(-1.0, momentum))
-        energy = jnp.where(accepted, end, start)
-        error = probability[num_chains:].mean() - _ACCEPTANCE
-        size = jnp.minimum(size * jnp.exp(_GAIN * error), _LARGEST_STEP)
-        return u, momentum, energy, log_weights, size
+        losses, grads = mean_over(batches, with_grads, x, chains.u, s)
+        chains = _weigh(chains, losses, temperature)
+        chains, proposed, gained = _propose(chains, grads, temperature, key)
+        losses, grads = mean_over(batches, with_grads, x, proposed[0], s)
+        return _accept(
+            chains, proposed, gained, losses, grads, temperature=temperature, key=key,
+            num_chains=num_chains,
+        )  # fmt: skip
 
-    at_x = functools.partial(_points.value_and_grad, loss_fn=loss_fn)
-    loss, _ = mean_over(batches, at_x, x)
-    energy = jnp.full(num_chains + pilots, loss / temperature)
+    loss = mean_over(batches, functools.partial(_points.value, loss_fn=loss_fn), x)
     start_key, key = jax.random.split(key)
-    u, momentum = noise.draw(start_key, (like, like), "normal")
+    chains = _start(x, loss, start_key, num_chains + max(2, num_chains // 4))
     scales = jnp.sqrt(temperature / gamma) * jnp.arange(1, num_steps + 1) / num_steps
-    steps = (scales, jax.random.split(key, num_steps))
+    steps = (scales[:-1], jax.random.split(key, num_steps)[:-1])
+    chains = _points.repeat(body, chains, steps, batches)
+    without = functools.partial(at, with_grads=False)
+    losses = mean_over(batches, without, x, chains.u, scales[-1])
+    return loss, _weigh(chains, losses, temperature).log_weights[:num_chains]
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _start(x, loss, key, count):
+    """Draws from N(0, I), all with the same loss and weight."""
+    like = jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), x)
+    u, momentum = noise.draw(key, (like, like), "normal")
+    losses = jnp.full(count, loss)
     size = jnp.full_like(loss, _LARGEST_STEP)
-    carry = (u, momentum, energy, jnp.zeros_like(energy), size)
-    log_weights = _points.repeat(body, carry, steps, batches)[3]
-    return loss, log_weights[:num_chains]
+    return _Chains(u, momentum, losses, jnp.zeros_like(losses), size)
 
 
 @jax.jit
+def _weigh(chains, losses, temperature):
+    """What the losses rise as gamma falls, off the logarithms of the weights."""
+    losses = _or_inf(losses)
+    log_weights = chains.log_weights - (losses - chains.losses) / temperature
+    # A chain of weight 0 stays so, wherever it moves, also between two infinities.
+    log_weights = jnp.where(chains.log_weights == -jnp.inf, -jnp.inf, log_weights)
+    return chains._replace(losses=losses, log_weights=log_weights)
+
+
+def _or_inf(losses):
+    return jnp.where(jnp.isnan(losses), jnp.inf, losses)
+
+
+@jax.jit
+def _propose(chains, grads, temperature, key):
+    """Refreshes the momentum; a leapfrog step but for its last kick.
+
+    The turn is exact in N(0, I).
+    """
+    momentum = _refresh(chains.momentum, jax.random.fold_in(key, 0))
+    kicked, gained = _kick(momentum, grads, chains.size / temperature)
+    cos, sin = jnp.cos(chains.size), jnp.sin(chains.size)
+    turned = jax.tree.map(lambda u, p: cos * u + sin * p, chains.u, kicked)
+    kicked = jax.tree.map(lambda u, p: cos * p - sin * u, chains.u, kicked)
+    proposed = trees.cast_like((turned, kicked), (chains.u, momentum))
+    return chains._replace(momentum=momentum), proposed, gained
+
+
+@functools.partial(jax.jit, static_argnames="num_chains")
+def _accept(chains, proposed, gained, losses, grads, *, temperature, key, num_chains):
+    """The last kick and the Metropolis rule, and from the pilots the next step size."""
+    losses = _or_inf(losses)
+    u, momentum = proposed
+    momentum, gained_at_end = _kick(momentum, grads, chains.size / temperature)
+    probability = _probability(
+        (losses - chains.losses) / temperature + gained + gained_at_end
+    )
+    accept_key = jax.random.fold_in(key, 1)
+    accepted = jax.random.uniform(accept_key, probability.shape) < probability
+    # Pilots of infinite loss tell nothing of the step size.
+    useful = jnp.isfinite(chains.losses[num_chains:])
+    error = jnp.where(useful, probability[num_chains:] - _ACCEPTANCE, 0.0).mean()
+    size = jnp.minimum(chains.size * jnp.exp(_GAIN * error), _LARGEST_STEP)
+    # A rejected chain turns back, for the sake of detailed balance.
+    back = optax.tree.scale(-1.0, chains.momentum)
+    new = _Chains(
+        _where(accepted, u, chains.u),
+        _where(accepted, momentum, back),
+        jnp.where(accepted, losses, chains.losses),
+        chains.log_weights,
+        size,
+    )
+    return trees.cast_like(new, chains)
+
+
 def _refresh(momentum, key):
     """Replaces part of the momentum by a fresh draw."""
     fresh = (1.0 - _PERSISTENCE**2) ** 0.5
@@ -206,17 +279,6 @@ def _refresh(momentum, key):
     return jax.tree.map(lambda p, z: _PERSISTENCE * p + fresh * z, momentum, z)
 
 
-@jax.jit
-def _kick_and_turn(u, momentum, grads, size):
-    """The leapfrog step but for its last kick; the turn is exact in N(0, I)."""
-    kicked, gained = _kick(momentum, grads, size)
-    cos, sin = jnp.cos(size), jnp.sin(size)
-    turned = jax.tree.map(lambda u, p: cos * u + sin * p, u, kicked)
-    kicked = jax.tree.map(lambda u, p: cos * p - sin * u, u, kicked)
-    return trees.cast_like(turned, u), trees.cast_like(kicked, u), gained
-
-
-@jax.jit
 def _kick(momentum, grads, size):
     """Half a step down the gradient, and what it adds to ||momentum||^2 / 2, [C].
 
@@ -231,17 +293,16 @@ def _kick(momentum, grads, size):
 
 
 def _probability(energy_error):
-    """Of accepting a move; 0 where the loss is no number."""
+    """Of accepting a move; 0 from one infinite loss to another."""
     probability = jnp.exp(-jnp.maximum(energy_error, 0.0))
     return jnp.where(jnp.isnan(probability), 0.0, probability)
 
 
-@jax.jit
 def _where(accepted, a, b):
     """`a` for the chains that are accepted, else `b`."""
 
     def select(a, b):
         mask = accepted.reshape(-1, *[1] * (a.ndim - 1))
-        return jnp.where(mask, a.astype(b.dtype), b)
+        return jnp.where(mask, a, b)
 
     return jax.tree.map(select, a, b)

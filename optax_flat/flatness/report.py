@@ -7,9 +7,11 @@ import optax
 
 from optax_flat._core import checks, extras
 from optax_flat.flatness import _points
-from optax_flat.flatness._batches import LossFn
+from optax_flat.flatness._batches import LossFn, as_batches
 from optax_flat.flatness._measures import MEASURES, Run, Settings, compute
 from optax_flat.flatness._report import Report, words
+from optax_flat.flatness.directions import check_filter_axis
+from optax_flat.flatness.sharpness import check_shards
 
 
 def report(
@@ -31,6 +33,7 @@ def report(
     gamma: float = 1.0,
     temperature: float = 1e-3,
     entropy_steps: int = 50,
+    filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
 ) -> Report:
@@ -39,9 +42,10 @@ def report(
     Each measure is the function of this module with the same name, or nearly so, and
     has a key of its own, made from `key` and its name: it comes out the same whatever
     else is measured. With the default settings all of them cost about as much as 5000
-    gradients on all of `batches`, of which local entropy takes 4000. It holds two
-    copies of the params for each of 40 chains, the eigenvalues about 50: with a large
-    network give the `measures` wanted, or fewer samples. Not for use under `jit`.
+    gradients on all of `batches`, of which local entropy takes 4000. It needs the
+    memory of about seven copies of the params for each of 40 chains, the eigenvalues
+    of 50 and more: with a large network give the `measures` wanted, or fewer samples.
+    Not for use under `jit`.
 
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, without noise.
@@ -57,15 +61,18 @@ def report(
       num_samples: samples of the trace, the Frobenius norm, the averages, and chains of
         local entropy, >= 2.
       num_draws: draws of the density, >= 1.
-      rho: radius of the ball of all kinds of sharpness but the adaptive one, > 0.
+      rho: radius of the ball of all worst-case sharpness but the adaptive, > 0.
       adaptive_rho: radius relative to the weights, > 0.
       m: examples per shard of `m_sharpness`, which must divide every batch; or None.
       ascent_steps: of the worst-case sharpness, >= 1.
-      sigma: relative noise of local energy, > 0.
+      sigma: noise per weight, > 0: of local energy relative to the weight, and of the
+        average sharpness absolute, so its radius is :math:`\sigma \sqrt{n}`. With
+        `rho`, each weight would move too little to be told from rounding.
       gamma: stiffness of the spring of local entropy, > 0.
       temperature: of local entropy, > 0. The scope is sqrt(temperature / gamma) per
         parameter, by default 0.03.
       entropy_steps: of local entropy, >= 1.
+      filter_axis: of the filters of the random line: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points or samples are evaluated at a time; None is all.
       progress: whether to show a progress line (needs the extra `progress`).
 
@@ -73,8 +80,8 @@ def report(
       `Report`.
 
     Raises:
-      ValueError: a setting outside the range given above, a name that is no measure, or
-        a loss with noise.
+      ValueError: a setting outside the range given above, a name that is no measure, an
+        `m` that does not divide a batch, or a loss with noise.
       TypeError: an argument of the wrong type, or a one-shot iterator of batches.
       ImportError: the extra `flatness` is not installed.
 
@@ -110,9 +117,14 @@ def report(
         gamma=checks.constant("gamma", gamma, 0.0, open_low=True),
         temperature=checks.constant("temperature", temperature, 0.0, open_low=True),
         entropy_steps=checks.integer("entropy_steps", entropy_steps, 1),
+        filter_axis=check_filter_axis(filter_axis),
         batch_size=_points.check_batch_size(batch_size),
     )
-    run = Run(loss_fn, params, batches, checks.key(key), settings)
+    found = as_batches(batches)
+    if m is not None and "m_sharpness" in names:  # look at all batches, before the work
+        for batch in found.all:
+            check_shards(m, batch)
+    run = Run(loss_fn, params, found, checks.key(key), settings)
     values, costs = {}, {}
     for name in _shown(names, progress):
         values[name], costs[name] = compute(run, name)

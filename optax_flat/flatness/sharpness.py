@@ -18,11 +18,7 @@ import optax
 
 from optax_flat._core import checks, trees
 from optax_flat.flatness import _points
-from optax_flat.flatness._batches import (
-    Batches,
-    LossFn,
-    mean_over,
-)
+from optax_flat.flatness._batches import Batches, LossFn, mean_over
 from optax_flat.flatness.curvature import Estimate
 
 # Relative to rho, where an ascent with a key starts: far below what it measures, far
@@ -58,7 +54,7 @@ def sharpness(
     ball. Step i = 0, 1, ... of S = `num_steps` has the length :math:`\rho (1 - i/S)`,
     so the first ends at SAM's point, :math:`e = \rho g / \|g\|`, with which ``S = 1``
     stops. The largest value on the way counts; it is a lower bound of the maximum. One
-    gradient evaluation at w and one per step.
+    gradient evaluation per step, and a forward pass at the end.
 
     *m-sharpness.* With `m` each shard of m consecutive examples of a batch has an e of
     its own, and the rises of their own losses are averaged.
@@ -86,12 +82,15 @@ def sharpness(
         them.
       key: a typed or raw PRNG key, or an int. Needed for the average. The ascent has
         no randomness without; with a key it starts at a random point,
-        :math:`10^{-3} \rho` from w, by which it leaves a point without gradient.
+        :math:`10^{-3} \rho` from w, by which it leaves a point without gradient, for
+        one forward pass more.
 
     Returns:
       `Estimate`: the rise and its standard error, both []. For the average that is over
-      the samples and, with `m`, over the shards (0 if there is one); the ascent on the
-      whole loss has nothing random, so 0.
+      the samples, and in quadrature the rounding of f(w), eps f(w), which they share.
+      With `m` it is over the shards (0 if there is one). The ascent on the whole loss
+      has nothing random, so 0; its rise is inf if the loss or the gradient overflowed
+      on the way.
 
     Raises:
       ValueError: an argument outside the range given above, or a loss with noise.
@@ -167,56 +166,82 @@ def sharpness(
 
 def _worst(w, batches, rho, start, *, loss_fn, norm, adaptive, num_steps):
     """The ascent on the mean loss over `batches`, from u = `start` (None is 0)."""
-    scale = _points.scale(w, adaptive)
-    loss_and_grad = functools.partial(_points.value_and_grad, loss_fn=loss_fn)
-
-    def evaluate(u):
-        e = optax.tree.mul(scale, u)
-        point = trees.cast_like(optax.tree.add(w, e), w)
-        value, grads = mean_over(batches, loss_and_grad, point)
-        return value, optax.tree.mul(scale, grads)
+    unit = _points.scale(w, adaptive)
+    value = functools.partial(_points.value, loss_fn=loss_fn)
+    value_and_grad = functools.partial(_points.value_and_grad, loss_fn=loss_fn)
 
     def body(carry, length):
         u, grads, best = carry
-        u = _step(u, grads, length, rho, norm)
-        value, grads = evaluate(u)
-        return trees.cast_like(u, w), grads, jnp.maximum(best, value - loss)
+        u = _step(u, unit, grads, length, rho=rho, norm=norm)
+        new, grads = mean_over(batches, value_and_grad, _point(w, unit, u))
+        return u, grads, jnp.maximum(best, _rise(new, loss))
 
-    u = optax.tree.zeros_like(w)
-    loss, grads = evaluate(u)
-    if start is not None:
-        u, grads = start, evaluate(start)[1]
+    if start is None:
+        u = optax.tree.zeros_like(w)
+        loss, grads = mean_over(batches, value_and_grad, w)
+    else:
+        u, loss = start, mean_over(batches, value, w)
+        grads = mean_over(batches, value_and_grad, _point(w, unit, u))[1]
     lengths = rho * (1.0 - jnp.arange(num_steps) / num_steps)
-    lowest = jnp.full_like(loss, -jnp.inf)
-    return _points.repeat(body, (u, grads, lowest), lengths, batches)[2]
+    carry = (u, grads, jnp.full_like(loss, -jnp.inf))
+    u, grads, best = _points.repeat(body, carry, lengths[:-1], batches)
+    u = _step(u, unit, grads, lengths[-1], rho=rho, norm=norm)
+    last = mean_over(batches, value, _point(w, unit, u))
+    return jnp.maximum(best, _rise(last, loss))
+
+
+@jax.jit
+def _point(w, unit, u):
+    return trees.cast_like(optax.tree.add(w, optax.tree.mul(unit, u)), w)
+
+
+def _rise(value, loss):
+    """Where the loss is no number on the way, and was one at w, it overflowed."""
+    return jnp.where(jnp.isnan(value), jnp.inf, value) - loss
 
 
 @functools.partial(jax.jit, static_argnames="norm")
-def _step(u, grads, length, rho, norm):
+def _step(u, unit, grads, length, *, rho, norm):
     """One step of ascent in u and the projection on the ball."""
+    direction = optax.tree.mul(unit, grads)
     if norm == "linf":
-        return jax.tree.map(
-            lambda u, g: jnp.clip(u + length * jnp.sign(g), -rho, rho), u, grads
+        new = jax.tree.map(
+            lambda u, d: jnp.clip(u + length * jnp.sign(d), -rho, rho), u, direction
         )
-    size = trees.norm(grads)
+        return trees.cast_like(new, u)
+    # By the largest entry first: squares of very small or large ones would be lost.
+    direction = _divided(direction, optax.tree.norm(direction, ord=jnp.inf))
+    direction = _divided(direction, trees.norm(direction))
+    new = optax.tree.add_scale(u, length, direction)
+    new = optax.tree.scale(rho / jnp.maximum(trees.norm(new), rho), new)
+    return trees.cast_like(new, u)
+
+
+def _divided(direction, size):
     size = jnp.where(size > 0, size, 1.0)  # no gradient, no step
-    u = jax.tree.map(lambda u, g: u + length * (g / size), u, grads)
-    return optax.tree.scale(rho / jnp.maximum(trees.norm(u), rho), u)
+    return jax.tree.map(lambda d: d / size, direction)
 
 
 def _worst_of_shards(w, batches, rho, start, *, m, batch_size, **settings):
     """The ascent on each shard of one batch by itself, [shards]."""
-
-    def split(x):
-        length = jnp.shape(x)[0] if jnp.ndim(x) else 0
-        if length == 0 or length % m:
-            raise ValueError(
-                f"`m` must divide the number of examples of every batch, got m={m} and "
-                f"an array of shape {jnp.shape(x)}. Give a divisor, or cut the batches."
-            )
-        return jnp.reshape(x, (length // m, m, *x.shape[1:]))
+    check_shards(m, batches.first)
 
     def worst(shard):
         return _worst(w, Batches(False, shard, (shard,)), rho, start, **settings)
 
-    return _points.mapped(worst, jax.tree.map(split, batches.first), batch_size)
+    shards = jax.tree.map(
+        lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), batches.first
+    )
+    return _points.mapped(worst, shards, batch_size)
+
+
+def check_shards(m: int, batch: Any) -> None:
+    """`m` divides the number of examples of a batch."""
+    for leaf in jax.tree.leaves(batch):
+        length = jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0
+        if length == 0 or length % m:
+            raise ValueError(
+                f"`m` must divide the number of examples of every batch, got m={m} and "
+                f"an array of shape {jnp.shape(leaf)}. Give a divisor, or cut the "
+                "batches."
+            )
