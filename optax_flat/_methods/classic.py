@@ -11,7 +11,7 @@ numpy-ml and of the article "Neural network optimization methods" (Habr) is an O
 expression, listed in the documentation.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -269,7 +269,7 @@ def clip_by_leaf_norm(
         bound = at(max_norm, state.count)
 
         def clip(g):
-            wide = trees.accumulator(g)
+            wide: Any = trees.accumulator(g)
             peak = jnp.max(jnp.abs(wide), initial=0.0)  # its square may overflow
             peak = jnp.where(peak > 0, peak, 1.0)
             norm = peak * trees.norm(wide / peak)

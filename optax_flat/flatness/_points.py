@@ -114,7 +114,7 @@ def repeat(
     It is a `lax.scan` if there is one batch or the program is traced anyway.
     """
     length = len(jax.tree.leaves(xs)[0])
-    if length and (not batches.many or is_traced(carry, batches.first)):
+    if length and (not batches.many or is_traced(carry, batches.all)):
         return jax.lax.scan(lambda carry, x: (body(carry, x), None), carry, xs)[0]
     for i in range(length):
         carry = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
