@@ -9,7 +9,7 @@ cell. A partial tau is what is left once a control explains its part:
 """
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -88,11 +88,10 @@ def correlations(
     return result
 
 
-def markdown(found: Sequence[Row], title: str) -> str:
-    """For each target a table: a line per measure, a column per pool and cell."""
-    cells, measures, targets = (
-        list(dict.fromkeys(row[key] for row in found))
-        for key in ("cell", "measure", "target")
+def markdown(found: Sequence[Row], pools: Iterable[str], title: str) -> str:
+    """For each target a table: a line per measure, a column per pool."""
+    measures, targets = (
+        list(dict.fromkeys(row[key] for row in found)) for key in ("measure", "target")
     )
     entries = {
         (row["target"], row["measure"], row["cell"]): (
@@ -102,9 +101,10 @@ def markdown(found: Sequence[Row], title: str) -> str:
     }
     text = ""
     for target in targets:
-        lines = [["measure", *cells], ["---"] + ["---:"] * len(cells)]
+        lines = [["measure", *pools]]
+        lines.append(["---"] + ["---:"] * (len(lines[0]) - 1))
         lines += [
-            [m.replace("_", " "), *(entries[target, m, cell] for cell in cells)]
+            [m.replace("_", " "), *(entries[target, m, pool] for pool in pools)]
             for m in measures
         ]
         text += f"### {title} with the {target.replace('_', ' ')}\n\n"

@@ -73,8 +73,11 @@ SHARPNESS = (
 )  # fmt: skip
 MEASURES = (*SHARPNESS, "param_norm", "train_loss")
 TARGETS = ("test_error", "error_gap", "loss_gap")
-COLUMNS = ("test_accuracy", "train_accuracy", *TARGETS[1:], *SHARPNESS)
-SHOWN = ("lambda_max", "trace", "worst_adaptive", "local_entropy")
+COLUMNS = (
+    "test_accuracy", "train_accuracy", "loss_gap", "lambda_max", "trace",
+    "worst_adaptive", "local_energy", "local_entropy",
+)  # fmt: skip
+SHOWN = ("lambda_max", "trace", "worst_adaptive", "local_energy")
 
 
 class Sizes(NamedTuple):
@@ -444,8 +447,8 @@ def main() -> None:
     )
     write_json(options.out / "correlations.json", {"tau": found, "partial": given})
     (options.out / "correlations.md").write_text(
-        correlation.markdown(found, "Kendall's tau")
-        + correlation.markdown(given, "Partial tau, given the training loss,")
+        correlation.markdown(found, pools, "Kendall's tau")
+        + correlation.markdown(given, pools, "Partial tau, given the training loss,")
     )
     correlation.picture(found, pools, options.out / "correlations.png")
     picture(list(rows), options.out / "flat_study.png")

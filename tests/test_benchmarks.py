@@ -250,7 +250,7 @@ def test_correlations_compare_only_within_cells(harness):
     found = correlation.correlations(cells, {"all": list(cells)}, ["a"], ["gap"])
     assert [row["cell"] for row in found] == ["all", "low", "high"]
     assert all(row["tau"] == row["low"] == row["high"] == -1 for row in found)
-    assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found, "tau")
+    assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found, ["all"], "tau")
 
 
 def test_intervals_are_those_of_configurations(harness):
