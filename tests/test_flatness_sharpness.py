@@ -288,3 +288,12 @@ def test_noise_and_one_shot_iterators(name):
 def test_errors_say_what_to_do(settings, words):
     with pytest.raises(ValueError, match=words):
         sharpness(loss, tree(), jnp.asarray(DATA), **({"rho": RHO} | settings))
+
+
+def test_an_overflow_on_the_way_is_an_infinite_rise():
+    def loss_fn(w, batch):
+        e = jnp.exp(w).sum()
+        return e + (e - e)  # NaN once e is infinite
+
+    found = sharpness(loss_fn, jnp.zeros(2), jnp.zeros(1), rho=200.0)
+    assert found.value == jnp.inf
