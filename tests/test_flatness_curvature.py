@@ -244,6 +244,37 @@ def test_density_is_that_of_the_eigenvalues(x64):
     assert (abs(np.mean(masses, axis=0) - expected) < 4 * error + 2e-3).all()
 
 
+def test_large_estimates(x64):
+    """A known spectrum at 10^5 parameters, not diagonal, or signs would be exact."""
+    n = 10**5
+    rng = np.random.default_rng(2)
+    spectrum = np.append(rng.exponential(size=n - 1), 30.0)
+    mirror = np.append(rng.normal(size=4), np.zeros(n - 4))
+    mirror[-1] = 1.0  # the largest eigenvalue is mixed with a few others
+    mirror /= np.linalg.norm(mirror)
+
+    def loss_fn(x, batch):
+        values, mirror = batch
+        y = x - 2 * mirror * (mirror @ x)
+        return y @ (values * y) / 2
+
+    given = (loss_fn, jnp.ones(n), (jnp.asarray(spectrum), jnp.asarray(mirror)))
+    settings = {"num_samples": 20, "key": 0}
+    for measure, exact in (
+        (trace, spectrum.sum()),
+        (frobenius_norm, np.sqrt((spectrum**2).sum())),
+    ):
+        found = measure(*given, **settings)
+        assert 0 < found.standard_error < 1e-3 * exact
+        assert abs(found.value - exact) < 4 * found.standard_error
+    grid, density = spectral_density(
+        *given, num_matvecs=20, num_samples=4, sigma=0.02, key=0
+    )
+    above = np.trapezoid(np.where(grid > 3.0, density, 0.0), grid)
+    assert abs(above - (spectrum > 3.0).mean()) < 0.03  # lines are 0.6 wide
+    np.testing.assert_allclose(jnp.trapezoid(density, grid), 1.0, rtol=1e-6)
+
+
 def test_unequal_batches_are_one_batch(x64):
     params, batch = net_params(sizes=SMALL), net_batch(sum(LENGTHS))
     vector = jax.tree.map(jnp.cos, params)
