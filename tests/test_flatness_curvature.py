@@ -460,7 +460,7 @@ def test_one_batch_in_a_list_is_pointed_out():
         return jnp.mean((features @ x - targets) ** 2)
 
     with pytest.raises(ValueError) as error:
-        hvp(unpacks, jnp.ones(3), [jnp.ones((8, 3)), jnp.ones(8)], jnp.ones(3))
+        hvp(unpacks, jnp.ones(3), [jnp.ones((8, 3))] * 2, jnp.ones(3))
     assert "give a tuple: (x, y)" in "".join(error.value.__notes__)
 
 
@@ -532,3 +532,9 @@ def test_progress_of_many_batches(capsys):
     batches = [jnp.ones((1, 3))] * 2
     trace(quadratic, jnp.ones(3), batches, num_samples=4, key=0, progress=True)
     assert "4product" in capsys.readouterr().err
+
+
+def test_a_list_of_the_parts_of_one_batch_is_an_error():
+    x, y = net_batch(dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"parts of one batch, give a tuple: \(x, y\)"):
+        trace(net, net_params(jnp.float32), [x, y[:, 0]], num_samples=2, key=0)

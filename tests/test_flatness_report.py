@@ -166,7 +166,7 @@ def test_json_there_and_back(full, tmp_path):
     content = json.loads(text)
     assert content["measures"]["trace"]["value"] == full.trace.value
     assert content["settings"]["m"] == 5
-    for source in (text, path):
+    for source in (text, path, str(path)):
         again = Report.from_json(source)
         assert str(again) == str(full) and again.to_json() == text
         np.testing.assert_array_equal(again.random_line.losses, full.random_line.losses)

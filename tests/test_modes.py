@@ -266,6 +266,24 @@ INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
             "floating-point arrays only",
         ),
         (
+            lambda: optax_flat.entropy_sgd(0.5, key=0).update(
+                jnp.ones(2),
+                optax_flat.entropy_sgd(0.5, mode="transparent", key=0).init(
+                    jnp.ones(2)
+                ),
+                jnp.ones(2),
+            ),
+            TypeError,
+            "in scanned mode takes the ScannedState .* got TransparentState",
+        ),
+        (
+            lambda: optax_flat.entropy_sgd(0.5, mode="transparent", key=0).update(
+                jnp.ones(2), optax.adam(0.1).init(jnp.ones(2)), jnp.ones(2)
+            ),
+            TypeError,
+            "in transparent mode takes the TransparentState .* got tuple",
+        ),
+        (
             lambda: optax_flat.masked(optax.sgd(0.1), True).update(1.0, None),
             ValueError,
             "`params` must be passed to `update` of optax_flat.masked",

@@ -187,6 +187,7 @@ def scanned(
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
+        _check_state(state, ScannedState)
         memory = state.memory
         progress = walker.consume(memory, walker.begin(memory, params), updates)
         if batches is not None:
@@ -288,6 +289,7 @@ def transparent(
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
+        _check_state(state, TransparentState)
         memory = state.memory
         fresh = (params, *walker.begin(memory, params))
         kept = state[-4:]
@@ -438,6 +440,16 @@ def _with_aux(grad_fn, point, batch, aux):
             "optimizer (and make_train_step) without has_aux."
         )
     return out
+
+
+def _check_state(state, kind):
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`update` of a method in {kind.__name__.removesuffix('State').lower()} "
+            f"mode takes the {kind.__name__} that its own `init` made, got "
+            f"{type(state).__name__}. Was the state made by another optimizer, or in "
+            "the other mode?"
+        )
 
 
 def _check_placeholders(params, function):

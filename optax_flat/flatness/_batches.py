@@ -42,6 +42,8 @@ def as_batches(batches: Any, *, one_pass: bool = False) -> Batches:
         return batches
     if not _holds_many(batches):
         return Batches(False, batches, (batches,))
+    if isinstance(batches, list):
+        _check_alike(batches)
     if isinstance(batches, Iterator) and not one_pass:
         raise TypeError(
             "`batches` are gone through several times here, got the one-shot iterator "
@@ -58,6 +60,21 @@ def as_batches(batches: Any, *, one_pass: bool = False) -> Batches:
         ) from None
     again = itertools.chain([first], iterator) if iterator is batches else batches
     return Batches(True, first, again)
+
+
+def _check_alike(batches: list[Any]) -> None:
+    """Batches of a list differ by their number of examples only."""
+
+    def kind(batch):
+        leaves, structure = jax.tree.flatten(batch)
+        return structure, [(jnp.shape(x)[1:], jnp.result_type(x)) for x in leaves]
+
+    if any(kind(batch) != kind(batches[0]) for batch in batches[1:]):
+        raise ValueError(
+            "A list of `batches` holds many batches, which must be alike but for their "
+            f"number of examples, got {jax.tree.map(jnp.shape, batches)}. If these are "
+            "the parts of one batch, give a tuple: (x, y)."
+        )
 
 
 def mean_over(batches: Batches, fn: Callable[..., Any], *args: Any) -> Any:

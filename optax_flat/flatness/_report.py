@@ -141,7 +141,7 @@ class Report:
         """Reads what `to_json` made.
 
         Args:
-          source: the text, or the path of the file as a `pathlib.Path`.
+          source: the path of the file, or its text, which begins with a brace.
 
         Returns:
           A report with the same numbers.
@@ -149,7 +149,9 @@ class Report:
         Raises:
           ValueError: not the JSON of a report.
         """
-        text = source if isinstance(source, str) else Path(source).read_text()
+        text = str(source)
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text()
         try:
             content = json.loads(text)
             costs = {name: Cost(**cost) for name, cost in content["costs"].items()}
@@ -161,7 +163,7 @@ class Report:
             return cls(costs=costs, **shared, **measures)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                "`source` must be the JSON text of a Report, or a pathlib.Path to it, "
+                "`source` must be the JSON text of a Report, or the path to it, "
                 f"got {text[:60]!r}."
             ) from error
 
