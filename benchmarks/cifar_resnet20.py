@@ -60,6 +60,7 @@ from harness import (
     parser,
     random_images,
     table,
+    write_table,
 )
 from tqdm.auto import tqdm
 
@@ -411,8 +412,7 @@ def main() -> None:
         rows.record(name, seed, row)
     measures = [name for name in MEASURES if any(name in row for row in rows)]
     text = table(rows, measures)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     picture(rows, sizes.epochs, options.out / "cifar_resnet20.png")
 
 

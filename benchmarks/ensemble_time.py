@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, table
+from harness import Row, Rows, bars, parser, random_digits, table, write_table
 
 import optax_flat
 
@@ -62,19 +62,6 @@ def loss_fn(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return losses.mean()
 
 
-def problem(sizes: Sizes, seed: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """Params, and a minibatch."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    params = {
-        "w1": jax.random.normal(keys[0], (784, sizes.width)) / 28,
-        "b1": jnp.zeros(sizes.width),
-        "w2": jax.random.normal(keys[1], (sizes.width, 10)) / sizes.width**0.5,
-        "b2": jnp.zeros(10),
-    }
-    images = jax.random.normal(keys[2], (sizes.batch, 784))
-    return params, (images, jax.random.randint(keys[3], (sizes.batch,), 0, 10))
-
-
 def method(name: str, sizes: Sizes) -> optax.GradientTransformationExtraArgs:
     """The optimizer of a name."""
     settings = {"ensemble_size": sizes.members, "spread": 0.01, "key": 0}
@@ -103,7 +90,7 @@ def reference(name: str, params: Any, deviations: Any, batch: Any) -> Any:
 
 def measure(names: list[str], sizes: Sizes, seed: int) -> dict[str, Row]:
     """Runs everything in turns; gives a row for each name."""
-    params, batch = problem(sizes, seed)
+    params, batch = random_digits(sizes.batch, sizes.width, seed)
     deviations = method("ensemble_kalman", sizes).init(params).deviations
     calls, carries = {}, {}
     for name in dict.fromkeys(["forward", REFERENCE, *names]):
@@ -166,8 +153,7 @@ def main() -> None:
             for name, of_seed in rows.pending(missing, [seed]):
                 rows.record(name, of_seed, measured[name])
     text = table(rows, MEASURES)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     label = "time of an update / that of its forward passes and products"
     bars(rows, f"ratio_to_{REFERENCE}", label, options.out / "ensemble_time.png")
 

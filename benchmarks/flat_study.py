@@ -55,6 +55,7 @@ from harness import (
     random_images,
     table,
     write_json,
+    write_table,
 )
 
 import optax_flat
@@ -453,8 +454,7 @@ def main() -> None:
     correlation.picture(found, pools, options.out / "correlations.png")
     picture(list(rows), options.out / "flat_study.png")
     text = tables(cells)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
 
 
 if __name__ == "__main__":

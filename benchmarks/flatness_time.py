@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, table
+from harness import Row, Rows, bars, parser, random_digits, table, write_table
 
 from optax_flat import flatness
 
@@ -68,19 +68,6 @@ def loss_fn(params: Any, batch: Any) -> jax.Array:
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
-def problem(sizes: Sizes, seed: int) -> tuple[Any, tuple[jax.Array, jax.Array]]:
-    """Params, and the many images with their labels."""
-    keys = jax.random.split(jax.random.key(seed), 4)
-    params = {
-        "w1": jax.random.normal(keys[0], (784, sizes.width)) / 28,
-        "b1": jnp.zeros(sizes.width),
-        "w2": jax.random.normal(keys[1], (sizes.width, 10)) / sizes.width**0.5,
-        "b2": jnp.zeros(10),
-    }
-    images = jax.random.normal(keys[2], (sizes.many, 784))
-    return params, (images, jax.random.randint(keys[3], (sizes.many,), 0, 10))
-
-
 @functools.partial(jax.jit, static_argnums=2)
 def limit(params: Any, batch: Any, products: int) -> Any:
     """So many Hessian-vector products, one after the other."""
@@ -106,7 +93,7 @@ def measured(method: Method, sizes: Sizes, params: Any, batches: Any) -> Any:
 
 def measure(method: Method, sizes: Sizes, seed: int) -> Row:
     """One row."""
-    params, data = problem(sizes, seed)
+    params, data = random_digits(sizes.many, sizes.width, seed)
     images = sizes.many if method.many else sizes.few
     batch = jax.tree.map(lambda x: x[:images], data)
     batches: Any = batch
@@ -144,8 +131,7 @@ def main() -> None:
     for name, seed in rows.pending(options.methods, range(options.seeds)):
         rows.record(name, seed, measure(METHODS[name], sizes, seed))
     text = table(rows, MEASURES)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     label = "time of a measure / that of its Hessian-vector products"
     bars(rows, "ratio", label, options.out / "flatness_time.png")
 

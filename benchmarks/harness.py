@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -137,6 +138,36 @@ def table(rows: Iterable[Row], measures: Sequence[str]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def write_table(text: str, folder: Path) -> None:
+    """Writes DIR/table.md, and shows it."""
+    (folder / "table.md").write_text(text)
+    print(text)
+
+
+def random_digits(
+    images: int, width: int, seed: int
+) -> tuple[dict[str, jax.Array], tuple[jax.Array, jax.Array]]:
+    """Params of an MLP 784-width-10, and noise with random labels instead of digits.
+
+    Args:
+      images: how many, N.
+      width: of the hidden layer.
+      seed: of both.
+
+    Returns:
+      Params w1, b1, w2, b2, and images [N, 784] with labels [N].
+    """
+    keys = jax.random.split(jax.random.key(seed), 4)
+    params = {
+        "w1": jax.random.normal(keys[0], (784, width)) / 28,
+        "b1": jnp.zeros(width),
+        "w2": jax.random.normal(keys[1], (width, 10)) / width**0.5,
+        "b2": jnp.zeros(10),
+    }
+    noise = jax.random.normal(keys[2], (images, 784))
+    return params, (noise, jax.random.randint(keys[3], (images,), 0, 10))
+
+
 def _summary(values: Sequence[float]) -> str:
     """Mean ± deviation with two digits of the deviation."""
     if not values:
@@ -162,7 +193,8 @@ def bars(rows: Iterable[Row], measure: str, label: str, path: Path) -> None:
     for row in rows:
         by_method.setdefault(row["method"], []).append(row[measure])
     names = list(by_method)[::-1]
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    size = (7, 1 + 0.26 * max(len(names), 10))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
     axes.barh(
         names,
         [np.mean(by_method[name]) for name in names],

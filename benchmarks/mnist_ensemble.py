@@ -56,6 +56,7 @@ from harness import (
     parser,
     random_images,
     table,
+    write_table,
 )
 
 import optax_flat
@@ -393,8 +394,7 @@ def main() -> None:
     for name, seed in rows.pending(options.methods, range(options.seeds)):
         rows.record(name, seed, train(METHODS[name], images, sizes, seed=seed))
     text = table(rows, MEASURES)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     picture(rows, options.out / "mnist_ensemble.png")
 
 

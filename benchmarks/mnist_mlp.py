@@ -51,6 +51,7 @@ from harness import (
     read_json,
     table,
     write_json,
+    write_table,
 )
 
 import optax_flat
@@ -324,8 +325,7 @@ def main() -> None:
         row = train(METHODS[name], rates[name], images, sizes, seed=seed, log=log)
         rows.record(name, seed, row)
     text = table(rows, MEASURES)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     picture(rows, options.out / "mnist_mlp.png")
 
 

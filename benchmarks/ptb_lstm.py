@@ -59,7 +59,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from checkpoint import Checkpoint, checkpointed
-from harness import COLOURS, Row, Rows, parser, table
+from harness import COLOURS, Row, Rows, parser, table, write_table
 from tqdm.auto import tqdm
 
 import optax_flat
@@ -419,8 +419,7 @@ def main() -> None:
         rows.record(name, seed, row)
     measures = [name for name in MEASURES if any(name in row for row in rows)]
     result = table(rows, measures)
-    (options.out / "table.md").write_text(result)
-    print(result)
+    write_table(result, options.out)
     picture(rows, round(sizes.epochs * PARTS), options.out / "ptb_lstm.png")
 
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import COLOURS, Row, Rows, parser, table
+from harness import COLOURS, Row, Rows, parser, table, write_table
 
 import optax_flat
 
@@ -363,8 +363,7 @@ def main() -> None:
         + "\nSeconds of compilation of an MLP's outer update\n\n"
         + table(compiled, ["objective", "temp_mib"])
     )
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     picture(timed, options.out / "step_time.png")
 
 

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, table
+from harness import Row, Rows, bars, parser, table, write_table
 
 import optax_flat
 
@@ -148,8 +148,7 @@ def main() -> None:
             for name, of_seed in rows.pending(missing, [seed]):
                 rows.record(name, of_seed, measured[name])
     text = table(rows, MEASURES)
-    (options.out / "table.md").write_text(text)
-    print(text)
+    write_table(text, options.out)
     label = "time of an update / that of SGD with momentum"
     bars(rows, "ratio_to_sgd_momentum", label, options.out / "update_time.png")
 

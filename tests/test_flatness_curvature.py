@@ -244,6 +244,26 @@ def test_density_is_that_of_the_eigenvalues(x64):
     assert (abs(np.mean(masses, axis=0) - expected) < 4 * error + 2e-3).all()
 
 
+def test_memory_is_that_of_the_lanczos_vectors():
+    """Twice as many vectors, no more than that much more memory."""
+    n = 20_000
+
+    def bytes_needed(num_matvecs):
+        @jax.jit
+        def find(x):
+            return on_quadratic(
+                top_eigenvalues, x, num_matvecs=num_matvecs, key=0
+            ).values
+
+        spectrum = jnp.linspace(0.0, 1.0, n)
+        return find.lower(spectrum).compile().memory_analysis().temp_size_in_bytes
+
+    few, many = bytes_needed(20), bytes_needed(40)
+    vector = 4 * n
+    assert few < 3 * 20 * vector
+    assert many - few < 3 * 20 * vector
+
+
 def test_large_estimates(x64):
     """A known spectrum at 10^5 parameters, not diagonal, or signs would be exact."""
     n = 10**5
