@@ -241,3 +241,9 @@ def test_errors_come_before_the_work(settings, error, words):
 def test_one_shot_iterators_are_refused():
     with pytest.raises(TypeError, match="gone through several times"):
         report(loss, PARAMS, iter([DATA]), key=0)
+
+
+def test_no_two_measures_share_a_key():
+    keys = [measure_key(KEY, name) for name in MEASURES]
+    data = {tuple(jax.random.key_data(key).tolist()) for key in (KEY, *keys)}
+    assert len(data) == len(MEASURES) + 1
