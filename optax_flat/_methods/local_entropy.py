@@ -130,8 +130,18 @@ def _walk(
         walk_key = jax.random.fold_in(memory.key, memory.count)
         return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, probe)
 
+    def averaged(memory, inner):
+        """The mean with the point where the walk stands."""
+        weight = at(hyperparams.averaging, memory.count)
+        return jax.tree.map(
+            lambda m, p: m + weight * (p - m), inner.mean, inner.point
+        )
+
     def step(memory, inner, grads):
         t = memory.count
+        # The mean takes each point in when the walk leaves it: XLA would draw the noise
+        # twice, for the new point and for its mean. It starts at the first point.
+        mean = averaged(memory, inner)
         eta = at(hyperparams.step_size, t)
         # The published step overshoots the anchor when step_size * gamma_t > 1 and
         # diverges above 2, which scoping reaches sooner or later; 1 puts x' back on it.
@@ -142,13 +152,9 @@ def _walk(
         )  # fmt: skip
         if not noiseless:
             step_key = jax.random.fold_in(inner.key, inner.taken)
-            scale = jnp.sqrt(eta) * at(hyperparams.noise, t)
-            z = draw(step_key, point, noise_kind)
-            point = jax.tree.map(lambda p, z: p + scale * z, point, z)
-        weight = at(hyperparams.averaging, t)
-        mean = jax.tree.map(
-            lambda m, p: (1.0 - weight) * m + weight * p, inner.mean, point
-        )
+            scale = eta**0.5 * at(hyperparams.noise, t)
+            z = draw(step_key, point, noise_kind, scale)
+            point = optax.tree.add(point, z)
         probe = inner.probe
         if probe is not None:
             distance = trees.norm(optax.tree.sub(point, inner.anchor))
@@ -159,7 +165,7 @@ def _walk(
         return _Inner(inner.anchor, inner.key, inner.taken + 1, point, mean, probe)
 
     def finish(memory, inner, params):
-        d = optax.tree.sub(inner.anchor, inner.mean)
+        d = optax.tree.sub(inner.anchor, averaged(memory, inner))
         updates, outer_state = outer.update(d, memory.outer_state, inner.anchor)
         report = memory.diagnostics
         if inner.probe is not None:
