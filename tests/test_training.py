@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -238,6 +238,9 @@ def test_history_survives_the_disk(tmp_path):
     third = History.load(path)
     assert third.loss == [1.0, 0.1 + 0.2, 5.0]
     assert third.num_steps == 2
+    path.with_name("a.json.part").write_text("{")  # of a run that was killed
+    again.record(6.0)
+    third.save(path)
     assert list(tmp_path.rglob("*")) == [path.parent, path]  # no temporary file is left
 
 
@@ -305,16 +308,117 @@ def test_aux_that_was_infinite_before_moves(mode):
     assert int(aux["count"]) == 1
 
 
-def test_history_cut_off_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+def test_history_takes_an_epoch_whole_or_not():
+    history = History()
+    for losses in ((1.0, "2.0"), (1.0, np.ones(2)), (None, 1.0), (True, 1.0)):
+        with pytest.raises(TypeError, match="loss` must be a scalar, .* got .*Take"):
+            history.record(*losses)
+    assert history.loss == history.val_loss == []
+    history.record(np.float32(1.0), 2)
+    assert (history.loss, history.val_loss) == ([1.0], [2.0])
+
+
+def test_history_is_on_the_disk_after_every_epoch(tmp_path, monkeypatch):
+    """And written as a whole only at the first one and at the end."""
+    path, saves, synced = tmp_path / "a.json", [], []
+    save, fsync = History.save, os.fsync
+    monkeypatch.setattr(History, "save", lambda *args: saves.append(save(*args)))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(fsync(file)))
+    with History(path=path) as history:
+        for epoch in range(1, 101):
+            history.record(epoch, math.inf)
+            assert len(synced) == epoch
+            assert History.load(path, path=None).loss == history.loss
+        assert len(saves) == 1
+    assert len(saves) == 2
+    assert json.loads(path.read_text())["loss"] == list(range(1, 101))
+    again = History.load(path)
+    assert again.val_loss == history.val_loss
+    again.record(101.0)
+    del again.loss[50:], again.val_loss[50:]  # back to an older checkpoint
+    again.record(51.0)
+    assert History.load(path).loss == [*range(1, 51), 51.0]
+
+
+def test_history_drops_an_epoch_that_was_cut_short(tmp_path):
+    path = tmp_path / "a.json"
+    history = History(path=path)
+    for value in (1.0, 2.0):
+        history.record(value)
+    whole = path.read_bytes()
+    history.record(3.0)
+    line = path.read_bytes().removeprefix(whole)
+    for length in range(len(line)):
+        path.write_bytes(whole + line[:length])
+        again = History.load(path)
+        assert again.loss == [1.0, 2.0]
+    again.record(3.0)
+    again.record(4.0)
+    assert History.load(path).loss == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_history_and_a_disk_that_fails(tmp_path, monkeypatch):
+    """The old file stays, nothing else is left, and the next epoch writes all."""
     path = tmp_path / "a.json"
     history = History(path=path)
     history.record(1.0)
 
-    def cut_off(self, text):
-        self.write_bytes(text[:5].encode())
+    def fail(file):
         raise OSError
 
-    monkeypatch.setattr(Path, "write_text", cut_off)
-    with pytest.raises(OSError):
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fail)
+        with pytest.raises(OSError):
+            history.record(2.0)
+        before = path.read_bytes()
+        with pytest.raises(OSError):
+            history.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    history.record(3.0)
+    assert History.load(path).loss == [1.0, 2.0, 3.0]
+
+
+def test_history_writes_through_a_link(tmp_path):
+    real, link = tmp_path / "data" / "a.json", tmp_path / "latest.json"
+    link.symlink_to(real)
+    with History(path=link) as history:
+        history.record(1.0)
         history.record(2.0)
+    assert link.is_symlink()
+    assert History.load(real).loss == History.load(link).loss == [1.0, 2.0]
+
+
+FILE = {"num_steps": 1, "mode": "transparent", "loss": [1.0], "val_loss": ["nan"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": "1"}, "`loss` must be a list of numbers or of nan, .*got 1"),
+        ({"loss": {"1": 2.0}}, "`loss` must be a list of numbers"),
+        ({"loss": [True]}, "`loss` must be a list of numbers"),
+        ({"val_loss": ["1.0"]}, "`val_loss` must be a list of numbers"),
+        ({"val_loss": [None]}, "`val_loss` must be a list of numbers"),
+        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1 and 2"),
+        ({"loss": [10**400]}, "too large"),
+        ({"num_steps": 2.0}, "`num_steps` must be a Python int"),
+        ({"mode": "both"}, "`mode` must be one of"),
+    ],
+)
+def test_history_refuses_other_files(tmp_path, change, words):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(FILE))
     assert History.load(path).loss == [1.0]
+    path.write_text(json.dumps(FILE | change))
+    with pytest.raises(ValueError, match=f"a.json is not a History file: .*{words}"):
+        History.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\n", '{"a": 1}'])
+@pytest.mark.parametrize("before", ["", json.dumps(FILE) + "\n"])
+def test_history_names_a_file_that_is_damaged(tmp_path, before, text):
+    path = tmp_path / "a.json"
+    path.write_text(f"{before}{text}\n")
+    with pytest.raises(ValueError, match="a.json is not a History file: "):
+        History.load(path)
