@@ -29,6 +29,11 @@ def feed(stack, mode):
     return [stack] if mode == "scanned" else list(stack)
 
 
+def start(tx):
+    """Params and state to trace a step with, without compiling anything."""
+    return ragged_params(), jax.eval_shape(tx.init, ragged_params())
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("donate", [False, True])
 def test_step_is_the_optimizer(mode, donate):
@@ -120,8 +125,93 @@ def test_aux_keeps_its_structure():
 
     tx = optax.sgd(0.1)
     step = make_train_step(loss_fn, tx, has_aux=True)
+    arguments = ragged_params(), tx.init(ragged_params()), batches(1, 1)[0, 0]
     with pytest.raises(ValueError, match="(?s)`aux` moves along .*Pass a first `aux`"):
-        step(ragged_params(), tx.init(ragged_params()), batches(1, 1)[0, 0])
+        step(*arguments, {"other": 0.0})
+    with pytest.raises(
+        ValueError, match="`aux` moves along .*None.*Pass a first `aux`"
+    ):
+        step(*arguments)
+
+
+def test_has_aux_is_told_once():
+    """An optimizer that is given `aux` threads it, whether it was told or not."""
+
+    def loss_fn(params, batch, aux):
+        return aux["scale"] * loss(params, batch), {"scale": 0.5 * aux["scale"]}
+
+    def run(tx):
+        step = make_train_step(loss_fn, tx, has_aux=True)
+        params, state = ragged_params(), tx.init(ragged_params())
+        params, *_, aux = step(params, state, batches(1, 4)[0], {"scale": 1.0})
+        return params, aux
+
+    told, untold = (make("scanned", has_aux=told) for told in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, run(told), run(untold))
+
+
+def test_has_aux_forgotten_at_the_step():
+    tx = make("scanned", has_aux=True)
+    arguments = *start(tx), batches(1, 4)[0]
+    words = r"\(grads, aux\).* optimizer was made with has_aux.*make_train_step as well"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(make_train_step(loss, tx), *arguments)
+    with pytest.raises(ValueError, match="`aux` was given .*has_aux=True"):
+        jax.eval_shape(make_train_step(loss, tx), *arguments, {"mean": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("returned", "has_aux", "words"),
+    [
+        (lambda x: (x.mean(), 0.0), False, "the loss alone .*has_aux=False"),
+        (lambda x: x.mean(), True, r"\(loss, aux\) .*has_aux=True"),
+        (lambda x: {"loss": x.mean()}, False, "the loss alone"),
+        (lambda x: x.mean((-2, -1)), False, r"a scalar, got shape \(4,\).* a stack"),
+    ],
+)
+def test_a_loss_that_is_none(returned, has_aux, words):
+    """The last is a scalar of a minibatch, given a stack of four."""
+    tx = make("transparent")
+    step = make_train_step(lambda p, x, *aux: returned(x), tx, has_aux=has_aux)
+    aux = (0.0,) * has_aux
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(step, *start(tx), batches(1, 4)[0], *aux)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (list, TypeError, "`batches` must stack .* a list of 4. Stack it"),
+        (lambda x: (x, x[1:]), ValueError, r"the same leading axis L.*\(3, 5, 3\)"),
+        (lambda x: (x, 1.0), ValueError, r"the same leading axis L.*\(\), \(4"),
+    ],
+)
+def test_batches_that_are_no_stack(change, error, words):
+    tx = make("scanned")
+    step = make_train_step(lambda p, batch: loss(p, batch[0]), tx)
+    with pytest.raises(error, match=words):
+        jax.eval_shape(step, *start(tx), change(batches(1, 4)[0]))
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda batch: batch["x"],
+        lambda batch: next(iter(batch)),
+        lambda batch: [jnp.ones((5, 5))][batch],
+        lambda batch: batch.x,
+    ],
+)
+def test_grad_fn_without_batches(pick):
+    """The number of the gradient is then its batch, which few losses take."""
+    grad_fn = jax.grad(lambda params, batch: loss(params, pick(batch)))
+
+    def step(params):
+        state = TrainState.create(apply_fn=None, params=params, tx=make("scanned"))
+        return state.apply_gradients(grads=params, grad_fn=grad_fn).params
+
+    with pytest.raises(TypeError, match="`grad_fn` without `batches`.*Give `batches=`"):
+        jax.eval_shape(step, ragged_params())
 
 
 def test_modes_are_read_off_the_state():
