@@ -91,6 +91,14 @@ else:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_readme_tells_the_two_commands_and_the_extras_it_needs():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    install, use = text.split("## Install")[1].split("## Use")
+    assert "\nmake demo  " in install and "\nmake test  " in install
+    before, block = use.split("from optax_flat import flatness")
+    assert "pip install '.[flatness]'" in before[-400:], block[:80]
+
+
 def test_naming_rules():
     """Settings are keyword-only and annotated; docstrings follow the template."""
     for name, value in vars(optax_flat).items():
