@@ -213,12 +213,14 @@ def train(task: Task, method: Method, options, bar: tqdm) -> list[Run]:
                 )
                 history.record(loss, test_loss)
                 accuracy.append(float(correct))
-                bar.set_postfix_str(f"{method.label}, seed {seed}, loss {loss:.4f}")
-                bar.update()
+                bar.set_postfix_str(
+                    f"{method.label}, pass {len(accuracy)}, loss {loss:.4f}"
+                )
         train_loss, _ = task.score(anchor, task.data.train_x, task.data.train_y)
         measures = map(float, task.curvature(anchor, measure_key))
         effective = (history.eff_loss or [statistics.fmean(history.loss)])[-1]
         runs.append(Run(accuracy, float(train_loss), effective, *measures, seconds))
+        bar.update()
     return runs
 
 
@@ -377,9 +379,11 @@ def main(argv: list[str] | None = None) -> dict[str, list[Run]]:
         f"{options.passes * per_pass} gradients for each of {options.seeds} seeds."
     )
     task, results = Task(data, options.width), {}
-    total = options.passes * options.seeds * len(METHODS)
+    total = options.seeds * len(METHODS)
     try:
-        with tqdm(total=total, unit="pass", mininterval=0.5) as bar:
+        # Counted in runs: what is compiled once for many passes would make the first
+        # estimates hours. Without a terminal (disable=None) there is no bar.
+        with tqdm(total=total, unit="run", smoothing=0, disable=None) as bar:
             for name, method in METHODS.items():
                 results[name] = train(task, method, options, bar)
     except FloatingPointError as error:

@@ -1,5 +1,6 @@
 """Eight CPU devices for every test, and float64 where a test asks for it."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +24,19 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax  # noqa: E402 - reads the environment
 import pytest  # noqa: E402
+
+
+def pytest_sessionfinish():
+    """Leaves nothing to collect: xdist interrupts a worker that needs 5 s to end."""
+    jax.clear_caches()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_of_one_module():
+    """JAX keeps what it has compiled, gigabytes if it were that of all modules."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The examples run in smoke mode and do what they say."""
 
 import importlib.util
+import io
 import json
 import pathlib
 
@@ -56,7 +57,8 @@ def first_minibatch(batch, mode):
 def test_compare_digits(tmp_path, capsys):
     example = load("compare_digits")
     results = example.main(["--smoke", "--out", str(tmp_path)])
-    shown = capsys.readouterr().out
+    shown, progress = capsys.readouterr()
+    assert "loss" not in progress  # no bar where there is no terminal
     for name, runs in results.items():
         assert len(runs) == 2
         assert example.METHODS[name].label in shown
@@ -106,7 +108,14 @@ def test_compare_digits_reads_other_data(tmp_path, capsys, monkeypatch):
     arrays |= {f"{part}_labels": y for part, y in labels.items()}
     np.savez(tmp_path / "data.npz", **arrays)
     options = ["--data", str(tmp_path / "data.npz"), "--smoke", "--seeds", "1"]
-    results = example.main([*options, "--out", str(tmp_path)])
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", terminal)
+        results = example.main([*options, "--out", str(tmp_path)])
+    # Runs are counted, not passes, of which the first one waits for the compiler.
+    assert "| 0/1 [" in terminal.getvalue() and "| 1/1 [" in terminal.getvalue()
+    assert "SGD, pass 6, loss" in terminal.getvalue()
     shown = capsys.readouterr().out
     assert "One seed allows no comparison" in shown
     assert "±" not in shown

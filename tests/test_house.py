@@ -1,6 +1,7 @@
 """The import graph, the public names and the extras."""
 
 import ast
+import graphlib
 import inspect
 import subprocess
 import sys
@@ -16,7 +17,7 @@ ALLOWED = {
     "problems": {"_core"},
     "_methods": {"_core", "schedules"},
     "training": {"_core", "training"},
-    "flatness": {"_core", "flatness", "plotting"},  # its pictures, see below
+    "flatness": {"_core", "flatness"},
     "plotting": {"_core", "flatness", "plotting", "problems", "training"},
 }
 ALLOWED["__init__"] = {*ALLOWED, "__init__"} - {"__init__"}
@@ -49,15 +50,17 @@ def test_imports_run_one_way():
             assert names[:2] != ["optax", "_src"], path
             if names[0] == "optax_flat":
                 assert names[1] in ALLOWED[part(path)], f"{path}: {module}"
-                # Plotting stands above; a report only calls it to be drawn.
-                assert not (
-                    part(path) == "flatness" and names[1] == "plotting" and at_top
-                )
                 if part(path) == "_methods" and path.stem != "parle":
                     assert names[-1] not in methods, f"{path}: {module}"
             elif names[0] not in sys.stdlib_module_names:
                 lazy = not at_top or path.stem == "train_state"
                 assert names[0] in RUN_TIME or (names[0] in EXTRAS and lazy), path
+
+
+def test_no_two_parts_import_each_other():
+    """A circle among the parts would leave none to sort first."""
+    graph = {name: below - {name} for name, below in ALLOWED.items()}
+    assert list(graphlib.TopologicalSorter(graph).static_order())[-1] == "__init__"
 
 
 def test_core_install_imports_without_extras():
@@ -76,14 +79,24 @@ import sys
 sys.modules.update(dict.fromkeys({blocked!r}))
 import optax_flat, optax_flat.training
 assert optax_flat.entropy_sgd(0.1, key=0)
+assert "TrainState" in dir(optax_flat.training)
 try:
     optax_flat.training.TrainState
 except ImportError as error:
-    assert "optax_flat[flax]" in str(error), error
+    assert "'.[flax]' in a checkout" in str(error), error
+    assert "'optax_flat[flax]' elsewhere" in str(error), error
 else:
     raise AssertionError("TrainState without Flax")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_readme_tells_the_two_commands_and_the_extras_it_needs():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    install, use = text.split("## Install")[1].split("## Use")
+    assert "\nmake demo  " in install and "\nmake test  " in install
+    before, block = use.split("from optax_flat import flatness")
+    assert "pip install '.[flatness]'" in before[-400:], block[:80]
 
 
 def test_naming_rules():

@@ -221,7 +221,7 @@ INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
     ("call", "error", "words"),
     [
         (optax_masked, ValueError, "placeholders .* use optax_flat.masked"),
-        (aux_in_the_optimizer_only, ValueError, "must return .grads, aux. for an"),
+        (aux_in_the_optimizer_only, ValueError, "must return .grads, aux. where"),
         (
             swapped_eval_params,
             ValueError,

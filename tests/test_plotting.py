@@ -18,6 +18,7 @@ from PIL import Image
 
 import optax_flat
 from optax_flat import plotting
+from optax_flat._core import figures
 from optax_flat.flatness import Cost, Density, Estimate, Line, Plane, Report
 from optax_flat.problems import Problem
 from optax_flat.training import History
@@ -268,7 +269,7 @@ def test_any_range_of_values_is_drawn(scale):
 
 
 def test_lines_differ_in_more_than_colour():
-    styles = [plotting._figure.style(i) for i in range(21)]
+    styles = [figures.style(i) for i in range(21)]
     assert len({(s["color"], s["linestyle"]) for s in styles}) == 21
     assert styles[0]["linestyle"] != styles[7]["linestyle"]  # the same colour
 

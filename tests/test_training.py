@@ -2,8 +2,8 @@
 
 import json
 import math
+import os
 import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -27,6 +27,11 @@ def make(mode, **arguments):
 def feed(stack, mode):
     """What a step takes: a stack of minibatches, or one after the other."""
     return [stack] if mode == "scanned" else list(stack)
+
+
+def start(tx):
+    """Params and state to trace a step with, without compiling anything."""
+    return ragged_params(), jax.eval_shape(tx.init, ragged_params())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,8 +125,93 @@ def test_aux_keeps_its_structure():
 
     tx = optax.sgd(0.1)
     step = make_train_step(loss_fn, tx, has_aux=True)
+    arguments = ragged_params(), tx.init(ragged_params()), batches(1, 1)[0, 0]
     with pytest.raises(ValueError, match="(?s)`aux` moves along .*Pass a first `aux`"):
-        step(ragged_params(), tx.init(ragged_params()), batches(1, 1)[0, 0])
+        step(*arguments, {"other": 0.0})
+    with pytest.raises(
+        ValueError, match="`aux` moves along .*None.*Pass a first `aux`"
+    ):
+        step(*arguments)
+
+
+def test_has_aux_is_told_once():
+    """An optimizer that is given `aux` threads it, whether it was told or not."""
+
+    def loss_fn(params, batch, aux):
+        return aux["scale"] * loss(params, batch), {"scale": 0.5 * aux["scale"]}
+
+    def run(tx):
+        step = make_train_step(loss_fn, tx, has_aux=True)
+        params, state = ragged_params(), tx.init(ragged_params())
+        params, *_, aux = step(params, state, batches(1, 4)[0], {"scale": 1.0})
+        return params, aux
+
+    told, untold = (make("scanned", has_aux=told) for told in (True, False))
+    jax.tree.map(np.testing.assert_array_equal, run(told), run(untold))
+
+
+def test_has_aux_forgotten_at_the_step():
+    tx = make("scanned", has_aux=True)
+    arguments = *start(tx), batches(1, 4)[0]
+    words = r"\(grads, aux\).* optimizer was made with has_aux.*make_train_step as well"
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(make_train_step(loss, tx), *arguments)
+    with pytest.raises(ValueError, match="`aux` was given .*has_aux=True"):
+        jax.eval_shape(make_train_step(loss, tx), *arguments, {"mean": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("returned", "has_aux", "words"),
+    [
+        (lambda x: (x.mean(), 0.0), False, "the loss alone .*has_aux=False"),
+        (lambda x: x.mean(), True, r"\(loss, aux\) .*has_aux=True"),
+        (lambda x: {"loss": x.mean()}, False, "the loss alone"),
+        (lambda x: x.mean((-2, -1)), False, r"a scalar, got shape \(4,\).* a stack"),
+    ],
+)
+def test_a_loss_that_is_none(returned, has_aux, words):
+    """The last is a scalar of a minibatch, given a stack of four."""
+    tx = make("transparent")
+    step = make_train_step(lambda p, x, *aux: returned(x), tx, has_aux=has_aux)
+    aux = (0.0,) * has_aux
+    with pytest.raises(ValueError, match=words):
+        jax.eval_shape(step, *start(tx), batches(1, 4)[0], *aux)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (list, TypeError, "`batches` must stack .* a list of 4. Stack it"),
+        (lambda x: (x, x[1:]), ValueError, r"the same leading axis L.*\(3, 5, 3\)"),
+        (lambda x: (x, 1.0), ValueError, r"the same leading axis L.*\(\), \(4"),
+    ],
+)
+def test_batches_that_are_no_stack(change, error, words):
+    tx = make("scanned")
+    step = make_train_step(lambda p, batch: loss(p, batch[0]), tx)
+    with pytest.raises(error, match=words):
+        jax.eval_shape(step, *start(tx), change(batches(1, 4)[0]))
+
+
+@pytest.mark.parametrize(
+    "pick",
+    [
+        lambda batch: batch["x"],
+        lambda batch: next(iter(batch)),
+        lambda batch: [jnp.ones((5, 5))][batch],
+        lambda batch: batch.x,
+    ],
+)
+def test_grad_fn_without_batches(pick):
+    """The number of the gradient is then its batch, which few losses take."""
+    grad_fn = jax.grad(lambda params, batch: loss(params, pick(batch)))
+
+    def step(params):
+        state = TrainState.create(apply_fn=None, params=params, tx=make("scanned"))
+        return state.apply_gradients(grads=params, grad_fn=grad_fn).params
+
+    with pytest.raises(TypeError, match="`grad_fn` without `batches`.*Give `batches=`"):
+        jax.eval_shape(step, ragged_params())
 
 
 def test_modes_are_read_off_the_state():
@@ -238,6 +328,9 @@ def test_history_survives_the_disk(tmp_path):
     third = History.load(path)
     assert third.loss == [1.0, 0.1 + 0.2, 5.0]
     assert third.num_steps == 2
+    path.with_name("a.json.part").write_text("{")  # of a run that was killed
+    again.record(6.0)
+    third.save(path)
     assert list(tmp_path.rglob("*")) == [path.parent, path]  # no temporary file is left
 
 
@@ -305,16 +398,117 @@ def test_aux_that_was_infinite_before_moves(mode):
     assert int(aux["count"]) == 1
 
 
-def test_history_cut_off_while_writing_keeps_the_old_file(tmp_path, monkeypatch):
+def test_history_takes_an_epoch_whole_or_not():
+    history = History()
+    for losses in ((1.0, "2.0"), (1.0, np.ones(2)), (None, 1.0), (True, 1.0)):
+        with pytest.raises(TypeError, match="loss` must be a scalar, .* got .*Take"):
+            history.record(*losses)
+    assert history.loss == history.val_loss == []
+    history.record(np.float32(1.0), 2)
+    assert (history.loss, history.val_loss) == ([1.0], [2.0])
+
+
+def test_history_is_on_the_disk_after_every_epoch(tmp_path, monkeypatch):
+    """And written as a whole only at the first one and at the end."""
+    path, saves, synced = tmp_path / "a.json", [], []
+    save, fsync = History.save, os.fsync
+    monkeypatch.setattr(History, "save", lambda *args: saves.append(save(*args)))
+    monkeypatch.setattr(os, "fsync", lambda file: synced.append(fsync(file)))
+    with History(path=path) as history:
+        for epoch in range(1, 101):
+            history.record(epoch, math.inf)
+            assert len(synced) == epoch
+            assert History.load(path, path=None).loss == history.loss
+        assert len(saves) == 1
+    assert len(saves) == 2
+    assert json.loads(path.read_text())["loss"] == list(range(1, 101))
+    again = History.load(path)
+    assert again.val_loss == history.val_loss
+    again.record(101.0)
+    del again.loss[50:], again.val_loss[50:]  # back to an older checkpoint
+    again.record(51.0)
+    assert History.load(path).loss == [*range(1, 51), 51.0]
+
+
+def test_history_drops_an_epoch_that_was_cut_short(tmp_path):
+    path = tmp_path / "a.json"
+    history = History(path=path)
+    for value in (1.0, 2.0):
+        history.record(value)
+    whole = path.read_bytes()
+    history.record(3.0)
+    line = path.read_bytes().removeprefix(whole)
+    for length in range(len(line)):
+        path.write_bytes(whole + line[:length])
+        again = History.load(path)
+        assert again.loss == [1.0, 2.0]
+    again.record(3.0)
+    again.record(4.0)
+    assert History.load(path).loss == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_history_and_a_disk_that_fails(tmp_path, monkeypatch):
+    """The old file stays, nothing else is left, and the next epoch writes all."""
     path = tmp_path / "a.json"
     history = History(path=path)
     history.record(1.0)
 
-    def cut_off(self, text):
-        self.write_bytes(text[:5].encode())
+    def fail(file):
         raise OSError
 
-    monkeypatch.setattr(Path, "write_text", cut_off)
-    with pytest.raises(OSError):
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "fsync", fail)
+        with pytest.raises(OSError):
+            history.record(2.0)
+        before = path.read_bytes()
+        with pytest.raises(OSError):
+            history.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+    history.record(3.0)
+    assert History.load(path).loss == [1.0, 2.0, 3.0]
+
+
+def test_history_writes_through_a_link(tmp_path):
+    real, link = tmp_path / "data" / "a.json", tmp_path / "latest.json"
+    link.symlink_to(real)
+    with History(path=link) as history:
+        history.record(1.0)
         history.record(2.0)
+    assert link.is_symlink()
+    assert History.load(real).loss == History.load(link).loss == [1.0, 2.0]
+
+
+FILE = {"num_steps": 1, "mode": "transparent", "loss": [1.0], "val_loss": ["nan"]}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"loss": "1"}, "`loss` must be a list of numbers or of nan, .*got 1"),
+        ({"loss": {"1": 2.0}}, "`loss` must be a list of numbers"),
+        ({"loss": [True]}, "`loss` must be a list of numbers"),
+        ({"val_loss": ["1.0"]}, "`val_loss` must be a list of numbers"),
+        ({"val_loss": [None]}, "`val_loss` must be a list of numbers"),
+        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1 and 2"),
+        ({"loss": [10**400]}, "too large"),
+        ({"num_steps": 2.0}, "`num_steps` must be a Python int"),
+        ({"mode": "both"}, "`mode` must be one of"),
+    ],
+)
+def test_history_refuses_other_files(tmp_path, change, words):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(FILE))
     assert History.load(path).loss == [1.0]
+    path.write_text(json.dumps(FILE | change))
+    with pytest.raises(ValueError, match=f"a.json is not a History file: .*{words}"):
+        History.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "\n", '{"a": 1}'])
+@pytest.mark.parametrize("before", ["", json.dumps(FILE) + "\n"])
+def test_history_names_a_file_that_is_damaged(tmp_path, before, text):
+    path = tmp_path / "a.json"
+    path.write_text(f"{before}{text}\n")
+    with pytest.raises(ValueError, match="a.json is not a History file: "):
+        History.load(path)

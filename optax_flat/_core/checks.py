@@ -215,8 +215,8 @@ def same_structure(
 def _gradient_hint(tree: Any, params: Any) -> str:
     if isinstance(tree, tuple) and not isinstance(params, tuple):
         return (
-            "It returned a tuple: if it returns (grads, aux), build the optimizer "
-            "with has_aux=True."
+            "It returned a tuple: if it returns (grads, aux), pass `aux=` to `update` "
+            "or build the optimizer with has_aux=True."
         )
     return "Return the gradient with respect to the params and nothing else."
 

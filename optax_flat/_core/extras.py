@@ -13,5 +13,7 @@ def load(module: str, extra: str, user: str) -> Any:
         if (error.name or package).partition(".")[0] != package:
             raise  # it is there, and misses something of its own
         raise ImportError(
-            f"{user} needs {package}: pip install 'optax_flat[{extra}]'."
+            f"{user} needs {package}, which the extra `{extra}` installs: pip install "
+            f"'.[{extra}]' in a checkout of optax_flat, pip install "
+            f"'optax_flat[{extra}]' elsewhere."
         ) from error

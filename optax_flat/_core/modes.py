@@ -147,10 +147,11 @@ def scanned(
         every outer update, and so do its schedules and its noise. (A transformation
         chained in front reaches only the gradient given to `update`.)
       unroll: as in `jax.lax.scan`.
-      has_aux: whether `grad_fn` is `(point, batch, aux) -> (grads, aux)`. `aux` (batch
-        statistics, dropout keys) is given to `update`, threaded through the scan and
-        dropped at its end, so the statistics that move are those of the first, clean
-        pass, which the caller made.
+      has_aux: whether `grad_fn` is `(point, batch, aux) -> (grads, aux)` even where
+        `update` is given no `aux`; it always is where there is one. `aux` (batch
+        statistics, dropout keys) is threaded through the scan and dropped at its end,
+        so the statistics that move are those of the first, clean pass, which the caller
+        made.
       skip_nonfinite: whether an outer update in which anything became NaN or infinite
         ends with zero updates and unchanged memory, and is counted in `skipped`.
 
@@ -193,8 +194,11 @@ def scanned(
         if batches is not None:
             checks.leading_axis(batches, walk.length - 1)
         if walk.length > 1:
-            gradient = _gradient_function(grad_fn, value_fn, has_aux, walk.length)
             _check_placeholders(params, grad_fn or value_fn)
+            if grad_fn is not None and batches is None:
+                grad_fn = functools.partial(_with_number, grad_fn)
+            threads_aux = has_aux or aux is not None
+            gradient = _gradient_function(grad_fn, value_fn, threads_aux, walk.length)
 
             def body(carry, batch):
                 progress, aux = carry
@@ -412,10 +416,10 @@ def _walker(walk, inner_transform, skip_nonfinite):
 
 
 def _gradient_function(
-    grad_fn, value_fn, has_aux, length
+    grad_fn, value_fn, threads_aux, length
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`(point, batch, aux) -> (grads, aux)` from what the caller passed."""
-    if grad_fn is not None and has_aux:
+    if grad_fn is not None and threads_aux:
         return functools.partial(_with_aux, grad_fn)
     if grad_fn is not None:
         return lambda point, batch, aux: (grad_fn(point, batch), aux)
@@ -435,11 +439,26 @@ def _with_aux(grad_fn, point, batch, aux):
     out = grad_fn(point, batch, aux)
     if not isinstance(out, tuple) or len(out) != 2:
         raise ValueError(
-            "`grad_fn` must return (grads, aux) for an optimizer made with "
-            f"has_aux=True, got {jax.tree.structure(out)}. Return both, or build the "
-            "optimizer (and make_train_step) without has_aux."
+            "`grad_fn` must return (grads, aux) where `update` is given `aux` or the "
+            f"optimizer was made with has_aux=True, got {jax.tree.structure(out)}. "
+            "Return both (give has_aux=True to make_train_step as well), or leave "
+            "`aux` and has_aux out in both places."
         )
     return out
+
+
+def _with_number(grad_fn, point, number, *aux):
+    """`grad_fn` with the number of the gradient, where there are no `batches`."""
+    try:
+        return grad_fn(point, number, *aux)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise TypeError(
+            "`update` was given `grad_fn` without `batches`, so `grad_fn(params, i)` "
+            "got the number of the gradient, a traced int, as its batch, and raised "
+            f"{type(error).__name__}. Give `batches=`, the minibatches of all "
+            "gradients but the first, stacked along a leading axis, or a `grad_fn` "
+            "that looks its minibatch up by number."
+        ) from error
 
 
 def _check_state(state, kind):

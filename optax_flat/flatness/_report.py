@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from optax_flat.flatness._measures import MEASURES, Cost, as_kind
+from optax_flat.flatness._pictures import draw_reports
 from optax_flat.flatness.curvature import Estimate
 from optax_flat.flatness.density import Density
 from optax_flat.flatness.eigenvalues import Eigenvalues
@@ -168,14 +169,12 @@ class Report:
             ) from error
 
     def plot(self) -> "Figure":
-        """Draws the report: `optax_flat.plotting.report`, which takes several as well.
+        """Draws the report; `optax_flat.plotting.report` draws several side by side.
 
         Raises:
-          ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+          ImportError: matplotlib, the extra `plot`, is missing.
         """
-        from optax_flat import plotting  # which builds on this package
-
-        return plotting.report(self)
+        return draw_reports({"": self})
 
 
 def _numbers(name, value):

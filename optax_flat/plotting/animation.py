@@ -63,7 +63,7 @@ def animate(
       ValueError: another suffix, a number that is too small, more than 50 frames per
         second in a GIF, and where `trajectory` raises it.
       RuntimeError: an .mp4 is wanted and ffmpeg is not found.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import pathlib, tempfile

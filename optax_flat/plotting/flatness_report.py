@@ -3,21 +3,12 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from optax_flat._core import figures
 from optax_flat.flatness import Report
-from optax_flat.plotting import _figure
-from optax_flat.plotting.hessian_spectrum import draw_densities
-from optax_flat.plotting.loss_landscape import draw_lines
+from optax_flat.flatness._pictures import draw_reports
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Panels by measure: a title and how to draw it.
-_PANELS = {
-    "spectral_density": ("Spectrum of the Hessian", draw_densities),
-    "eigenvector_line": ("Along the first eigenvector", draw_lines),
-    "random_line": ("Along a random direction", draw_lines),
-}
 
 
 def report(reports: Report | Mapping[str, Report]) -> "Figure":
@@ -36,7 +27,7 @@ def report(reports: Report | Mapping[str, Report]) -> "Figure":
     Raises:
       TypeError: something that is no `Report`.
       ValueError: an empty mapping, or reports without any measure.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -51,23 +42,10 @@ def report(reports: Report | Mapping[str, Report]) -> "Figure":
       ['Measures', 'Along a random direction']
     """
     named = {"": reports} if isinstance(reports, Report) else reports
-    _figure.check_kinds("reports", named, Report, "optax_flat.flatness.Report")
-    panels = []
-    for measure, (title, draw) in _PANELS.items():
-        found = {name: getattr(report, measure) for name, report in named.items()}
-        if all(value is not None for value in found.values()):
-            panels.append((title, draw, found))
-    rows = 1 + len(panels) // 2
-    figure = _figure.new_figure(8.0, 3.6 * rows)
-    axes = figure.add_subplot(rows, 2, 1)
-    axes.set_title("Measures", fontsize=11)
-    _draw_numbers(axes, named)
-    for i, (title, draw, found) in enumerate(panels):
-        axes = figure.add_subplot(rows, 2, i + 2)
-        axes.set_title(title, fontsize=11)
-        draw(axes, found)
+    figures.check_kinds("reports", named, Report, "optax_flat.flatness.Report")
+    figure = draw_reports(named)
     if named is reports:
-        _figure.legend_above(figure, _handles(named))
+        figures.legend_above(figure, _handles(named))
     return figure
 
 
@@ -76,33 +54,6 @@ def _handles(names):
     from matplotlib.lines import Line2D
 
     return [
-        Line2D([], [], label=name, marker=_figure.marker(i), **_figure.style(i))
+        Line2D([], [], label=name, marker=figures.marker(i), **figures.style(i))
         for i, name in enumerate(names)
     ]
-
-
-def _draw_numbers(axes: "Axes", reports: Mapping[str, Report]):
-    tables = {name: report.numbers() for name, report in reports.items()}
-    shown = dict.fromkeys(
-        measure
-        for table in tables.values()
-        for measure, number in table.items()
-        if number.value > 0
-    )
-    places = {measure: i for i, measure in enumerate(reversed(shown))}
-    for i, table in enumerate(tables.values()):
-        found = {m: number for m, number in table.items() if number.value > 0}
-        shift = 0.2 * (i - (len(tables) - 1) / 2)
-        axes.errorbar(
-            [number.value for number in found.values()],
-            [places[measure] - shift for measure in found],
-            xerr=[2.0 * number.standard_error for number in found.values()],
-            linestyle="none", marker=_figure.marker(i), markersize=5,
-            color=_figure.style(i)["color"], markeredgecolor="white",
-        )  # fmt: skip
-    _figure.plain(axes)
-    axes.set_xscale("log")
-    axes.set_yticks(
-        list(places.values()), [name.replace("_", " ") for name in places], fontsize=8
-    )
-    axes.set_xlabel("value")

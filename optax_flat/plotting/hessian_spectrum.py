@@ -1,18 +1,14 @@
 """The density of a Hessian's eigenvalues."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from optax_flat._core import figures
 from optax_flat.flatness import Density
-from optax_flat.plotting import _figure
+from optax_flat.flatness._pictures import draw_densities
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_DECADES = 7  # below the peak: one eigenvalue out of some millions is seen
 
 
 def spectrum(densities: Density | Mapping[str, Density]) -> "Figure":
@@ -33,7 +29,7 @@ def spectrum(densities: Density | Mapping[str, Density]) -> "Figure":
     Raises:
       TypeError: something that is no `Density`.
       ValueError: an empty mapping.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -48,26 +44,9 @@ def spectrum(densities: Density | Mapping[str, Density]) -> "Figure":
       'log'
     """
     named = {"": densities} if isinstance(densities, Density) else densities
-    _figure.check_kinds("densities", named, Density, "optax_flat.flatness.Density")
-    figure = _figure.new_figure(7.0, 4.2)
+    figures.check_kinds("densities", named, Density, "optax_flat.flatness.Density")
+    figure = figures.new_figure(7.0, 4.2)
     handles = draw_densities(figure.add_subplot(), named)
     if named is densities:
-        _figure.legend_above(figure, handles)
+        figures.legend_above(figure, handles)
     return figure
-
-
-def draw_densities(axes: "Axes", densities: Mapping[str, Density]) -> list[Any]:
-    """The densities and a line at zero; returns what a legend needs."""
-    axes.axvline(0.0, color="0.6", linewidth=0.8)
-    handles, peak = [], 0.0
-    for i, (name, (grid, density)) in enumerate(densities.items()):
-        style = {"label": name, "linewidth": 1.4, **_figure.style(i)}
-        handles += axes.plot(np.asarray(grid), np.asarray(density), **style)
-        peak = max(peak, float(np.nanmax(density)))
-    _figure.plain(axes)
-    axes.set_yscale("log")
-    if 0.0 < peak < np.inf:
-        axes.set_ylim(peak * 10.0**-_DECADES, 2.0 * peak)
-    axes.set_xlabel("eigenvalue of the Hessian")
-    axes.set_ylabel("density")
-    return handles

@@ -1,16 +1,16 @@
 """Losses along lines and over a plane of parameter space."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jax.typing import ArrayLike
 
+from optax_flat._core import figures
 from optax_flat.flatness import Line, Plane
-from optax_flat.plotting import _figure
+from optax_flat.flatness._pictures import draw_lines
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _LEVELS = 16
@@ -41,7 +41,7 @@ def landscape(
     Raises:
       TypeError: something that is neither a line nor a plane.
       ValueError: an empty mapping, points that are no pairs, or points of a line.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import jax.numpy as jnp
@@ -60,34 +60,21 @@ def landscape(
     if points is not None:
         raise ValueError(f"`points` are of a plane, got {points!r} with lines.")
     lines = {"": losses} if isinstance(losses, Line) else losses
-    _figure.check_kinds("losses", lines, Line, "optax_flat.flatness.Line")
-    figure = _figure.new_figure(7.0, 4.2)
+    figures.check_kinds("losses", lines, Line, "optax_flat.flatness.Line")
+    figure = figures.new_figure(7.0, 4.2)
     handles = draw_lines(figure.add_subplot(), lines)
     if log_scale:
         figure.axes[0].set_yscale("log")
     if lines is losses:
-        _figure.legend_above(figure, handles)
+        figures.legend_above(figure, handles)
     return figure
-
-
-def draw_lines(axes: "Axes", lines: Mapping[str, Line]) -> list[Any]:
-    """The curves and where the params are; returns what a legend needs."""
-    axes.axvline(0.0, color="0.6", linewidth=0.8)
-    handles = []
-    for i, (name, line) in enumerate(lines.items()):
-        a, losses = np.asarray(line.positions), np.asarray(line.losses)
-        handles += axes.plot(a, losses, label=name, linewidth=1.8, **_figure.style(i))
-    _figure.plain(axes)
-    axes.set_xlabel("position along the direction")
-    axes.set_ylabel("loss")
-    return handles
 
 
 def _plane(plane, points):
     pairs = {name: np.asarray(point, float) for name, point in points.items()}
     if any(pair.shape != (2,) for pair in pairs.values()):
         raise ValueError(f"`points` must be pairs (x, y) by name, got {points!r}.")
-    figure = _figure.new_figure(7.0, 5.0)
+    figure = figures.new_figure(7.0, 5.0)
     import matplotlib
     from matplotlib.colors import BoundaryNorm, ListedColormap
 
@@ -108,13 +95,13 @@ def _plane(plane, points):
         bar.set_label("loss")
     for i, (name, pair) in enumerate(pairs.items()):
         axes.plot(
-            *pair, marker=_figure.marker(i), markersize=9, linestyle="none",
+            *pair, marker=figures.marker(i), markersize=9, linestyle="none",
             color="white", markeredgecolor="black", label=name,
         )  # fmt: skip
     axes.set_xlabel("position along the first direction")
     axes.set_ylabel("position along the second direction")
     if pairs:
-        _figure.legend_above(figure, axes.get_lines())
+        figures.legend_above(figure, axes.get_lines())
     return figure
 
 

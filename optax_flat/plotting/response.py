@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from optax_flat._core import checks
-from optax_flat.plotting import _figure
+from optax_flat._core import checks, figures
 from optax_flat.plotting._runs import Source, make_runs, naming, split_keys
 
 if TYPE_CHECKING:
@@ -91,7 +90,7 @@ def gradient_response(
       TypeError: not mappings, or a value that is not a gradient transformation.
       ValueError: an empty mapping, a signal that is not of shape [T], shorter than a
         walk or without an optimizer; more than 21 optimizers, 7 with several seeds.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -103,8 +102,8 @@ def gradient_response(
       >>> [axes.get_title() for axes in figure.axes[::2]]
       ['wave', 'switch']
     """
-    _figure.check_names("transforms", transforms, "optimizers")
-    _figure.check_names("signals", signals, "arrays [T]")
+    figures.check_names("transforms", transforms, "optimizers")
+    figures.check_names("signals", signals, "arrays [T]")
     columns = min(checks.integer("columns", columns, 1), len(signals))
     gradients = {k: _signal(f"signals[{k!r}]", v) for k, v in signals.items()}
     dtype = jnp.result_type(*gradients.values())
@@ -114,10 +113,10 @@ def gradient_response(
         for name, source in transforms.items()
     }
     thin = len(keys) > 1 and any(map(_makes_several, transforms.values()))
-    _figure.check_count("transforms", len(transforms), thin=thin)
+    figures.check_count("transforms", len(transforms), thin=thin)
 
     rows = math.ceil(len(signals) / columns)
-    figure = _figure.new_figure(4 * columns, 0.4 + 2.9 * rows)
+    figure = figures.new_figure(4 * columns, 0.4 + 2.9 * rows)
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=[3, 1] * rows)
     lines = []
     for i, (name, signal) in enumerate(gradients.items()):
@@ -128,7 +127,7 @@ def gradient_response(
         for j, method in enumerate(transforms):
             with naming(f"signals[{name!r}]"):
                 steps = np.asarray(make_steps[method][name](signal.astype(dtype)))
-            style = _figure.style(j, thin=len(steps) > 1)
+            style = figures.style(j, thin=len(steps) > 1)
             width = 0.7 if len(steps) > 1 else 1.4
             lines += above.plot(steps[0], **style, linewidth=width, label=method)
             above.plot(steps[1:].T, **style, linewidth=width)
@@ -136,7 +135,7 @@ def gradient_response(
         below.fill_between(time, np.asarray(signal), color="0.8", linewidth=0)
         below.plot(time, np.asarray(signal), color="0.45", linewidth=1)
         for axes in (above, below):
-            _figure.plain(axes)
+            figures.plain(axes)
             axes.margins(x=0)
         above.set_title(name)
         above.tick_params(labelbottom=False)
@@ -146,7 +145,7 @@ def gradient_response(
         if i + columns >= len(signals):
             below.set_xlabel("iteration")
     figure.align_ylabels()
-    _figure.legend_above(figure, lines)
+    figures.legend_above(figure, lines)
     for line in figure.legends[0].get_lines():  # thin ones hardly show their colour
         line.set_linewidth(1.4)
     return figure

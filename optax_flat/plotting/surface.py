@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_flat._core import checks
-from optax_flat.plotting import _figure
+from optax_flat._core import checks, figures
 from optax_flat.plotting._runs import Source, make_runs, split_keys
 from optax_flat.problems import Problem
 
@@ -106,7 +105,7 @@ def trajectory(
       ValueError: an empty mapping, a problem that is not two-dimensional or has no
         finite value in its window, a number that is too small; more than 21
         optimizers, 7 with several seeds.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> import optax, optax_flat
@@ -135,14 +134,14 @@ def prepare(
     key: Any,
 ) -> tuple[dict[str, np.ndarray], "Figure"]:
     """Runs by name, each [runs, num_steps + 1, 2], and an empty figure."""
-    _figure.check_names("transforms", transforms, "optimizers")
+    figures.check_names("transforms", transforms, "optimizers")
     num_steps = checks.integer("num_steps", num_steps, 1)
     keys = split_keys(seeds, key)
     several = len(keys) > 1 and any(map(callable, transforms.values()))
     thin = several or any(
         getattr(drawn, "ndim", 0) == 3 for drawn in transforms.values()
     )
-    _figure.check_count("transforms", len(transforms), thin=thin)
+    figures.check_count("transforms", len(transforms), thin=thin)
     check_problem(problem)
     make = {}
     for name, drawn in transforms.items():
@@ -153,7 +152,7 @@ def prepare(
         else:
             make[name] = _make_runs(where, drawn, problem, keys)
     # Before the runs: without matplotlib they would be made for nothing.
-    figure = _figure.new_figure(8.0, 5.6, layout="compressed")
+    figure = figures.new_figure(8.0, 5.6, layout="compressed")
     weights = _weights(problem, num_steps)
     runs = {
         name: np.reshape(runs(weights), (-1, num_steps + 1, 2))
@@ -257,7 +256,7 @@ class Paths:
             finite = [path[: _finite_rows(path)] for path in several]
             diverged = min(map(len, finite)) < several.shape[1]
             thin = len(several) > 1
-            style = _figure.style(i, thin=thin)
+            style = figures.style(i, thin=thin)
             width, size = (0.7, 6) if thin else (1.8, 7)
             outline = patheffects.withStroke(linewidth=width + 1.4, foreground="white")
             lines = [
@@ -269,7 +268,7 @@ class Paths:
             if thin:  # one artist has all marks, which no line connects
                 style["linestyle"] = "none"
             (mark,) = axes.plot(
-                [], [], **style, marker=_figure.marker(i), markersize=size,
+                [], [], **style, marker=figures.marker(i), markersize=size,
                 markeredgecolor="white", markeredgewidth=0.8, zorder=5,
                 label=f"{name} (diverged)" if diverged else name,
             )  # fmt: skip

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from optax_flat.plotting import _figure
+from optax_flat._core import figures
 from optax_flat.training.history import History
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def history(runs: Log | Mapping[str, Log], *, log_scale: bool = False) -> "Figur
     Raises:
       TypeError: something that is neither a path nor a `History`.
       ValueError: an empty mapping, or a file that is not a History's.
-      ImportError: matplotlib is missing: ``pip install 'optax_flat[plot]'``.
+      ImportError: matplotlib, the extra `plot`, is missing.
 
     Example:
       >>> from optax_flat.plotting import history
@@ -53,13 +53,13 @@ def history(runs: Log | Mapping[str, Log], *, log_scale: bool = False) -> "Figur
         runs = {Path(runs).stem: runs}
     elif isinstance(runs, History):
         runs = {"run": runs}
-    _figure.check_names("runs", runs, "History objects or paths of their files")
+    figures.check_names("runs", runs, "History objects or paths of their files")
     logs = {name: _load(name, run) for name, run in runs.items()}
 
     panels = [("epoch", "")]
     if any(log.epochs_per_effective_epoch > 1 for log in logs.values()):
         panels.append(("effective epoch", "eff_"))
-    figure = _figure.new_figure(8.0, 3.8)
+    figure = figures.new_figure(8.0, 3.8)
     from matplotlib.ticker import MaxNLocator
 
     handles = []
@@ -68,7 +68,7 @@ def history(runs: Log | Mapping[str, Log], *, log_scale: bool = False) -> "Figur
         handles = []
         for i, (name, log) in enumerate(logs.items()):
             shared = {
-                "color": _figure.style(i)["color"], "marker": _figure.marker(i),
+                "color": figures.style(i)["color"], "marker": figures.marker(i),
                 "markersize": 5, "markeredgecolor": "white", "linewidth": 1.6,
             }  # fmt: skip
             for losses, line, suffix in (
@@ -84,13 +84,13 @@ def history(runs: Log | Mapping[str, Log], *, log_scale: bool = False) -> "Figur
                     epochs, values, linestyle=line, markevery=every,
                     label=name + suffix, **shared,
                 )  # fmt: skip
-        _figure.plain(axes)
+        figures.plain(axes)
         axes.set_xlabel(label)
         axes.set_ylabel("loss" if k == 0 else "mean loss")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if log_scale:
             axes.set_yscale("log")
-    _figure.legend_above(figure, handles)
+    figures.legend_above(figure, handles)
     return figure
 
 

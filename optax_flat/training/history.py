@@ -20,14 +20,18 @@ class History:
     each. In scanned mode an epoch (one *update* per minibatch) spends L times the
     gradients and is an effective epoch by itself.
 
-    Use it as a context manager to have a progress line closed and the file written
-    whatever happens; with a `path` the file is also written after every epoch.
+    With a `path` every epoch is on the disk when `record` returns, also if the program
+    is killed or the power fails then. The file is a JSON object; while the run goes on,
+    the epochs since it was written follow it, one a line, as `load` reads them, so that
+    an epoch costs the same however long the run is. Use the log as a context manager:
+    `close` makes one object of all and ends the progress line, whatever happens.
 
     Args:
       num_steps: gradients per update, L; 1 for SGD, Adam and the like.
       mode: "transparent" if an epoch visits every minibatch for one gradient,
         "scanned" if it makes one update, L gradients, per minibatch.
-      path: JSON file to write after every epoch, or None.
+      path: JSON file to write after every epoch, or None. If it is a symbolic link, the
+        file that it points to is written.
       total_epochs: length of the progress line, or None for an open end.
       progress: whether to show a progress line (needs the extra `progress`).
       label: name of the run in the progress line.
@@ -68,6 +72,7 @@ class History:
         self.stop = stop
         self.loss: list[float] = []
         self.val_loss: list[float] = []
+        self._written = 0  # epochs in the file, 0 if this object has not written it
         self._bar = _progress_bar(total_epochs, label) if progress else None
 
     @property
@@ -93,13 +98,16 @@ class History:
           val_loss: validation loss at its end, a scalar, or None.
 
         Raises:
+          TypeError: something that is no scalar. It is not recorded.
           FloatingPointError: the training loss is NaN or infinite, and `stop` is on. It
             is recorded, and the file written, before.
         """
-        self.loss.append(float(loss))
-        self.val_loss.append(math.nan if val_loss is None else float(val_loss))
+        new_loss = _scalar("loss", loss)
+        new_val_loss = math.nan if val_loss is None else _scalar("val_loss", val_loss)
+        self.loss.append(new_loss)
+        self.val_loss.append(new_val_loss)
         if self.path is not None:
-            self.save(self.path)
+            self._write_epoch(self.path)
         if self._bar is not None:
             shown = {"loss": f"{self.loss[-1]:.4g}"}
             if val_loss is not None:
@@ -137,7 +145,7 @@ class History:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes JSON; an interruption leaves the old file or the new one, whole."""
-        path = Path(path)
+        path = Path(path).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(path.name + ".part")
         content = {
@@ -148,12 +156,25 @@ class History:
             "eff_loss": _to_json(self.eff_loss),
             "eff_val_loss": _to_json(self.eff_val_loss),
         }
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False))
-        temporary.replace(path)
+        try:
+            _write(temporary, "wb", json.dumps(content, indent=1, allow_nan=False))
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _write_epoch(self, path: Path) -> None:
+        """The last epoch as a line behind the object, which is written at the first."""
+        before, self._written = self._written, 0  # if this fails, all is written anew
+        if before and before == len(self.loss) - 1 and path.is_file():
+            line = json.dumps(_to_json([self.loss[-1], self.val_loss[-1]]))
+            _write(path, "ab", line)
+        else:
+            self.save(path)
+        self._written = len(self.loss)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], /, **kwargs: Any) -> "History":
-        """Reads what `save` wrote; recording goes on where it stopped.
+        """Reads the file of a run, ended or not; recording goes on where it stopped.
 
         Args:
           path: the JSON file.
@@ -164,20 +185,15 @@ class History:
           A History with the losses of the file.
 
         Raises:
-          ValueError: the file is not one of `save`'s.
+          ValueError: the file is not a History's.
         """
         source = Path(path)
-        content = json.loads(source.read_text())
-        needed = {"num_steps", "mode", "loss", "val_loss"}
-        if not isinstance(content, dict) or not needed <= content.keys():
-            raise ValueError(
-                f"{source} is not a History file: expected a JSON object with "
-                f"`num_steps`, `mode`, `loss` and `val_loss`, got {str(content)[:80]}."
-            )
-        kwargs = {"path": source, **kwargs}
-        history = cls(content["num_steps"], mode=content["mode"], **kwargs)
-        history.loss = _from_json(content["loss"])
-        history.val_loss = _from_json(content["val_loss"])
+        try:
+            num_steps, mode, loss, val_loss = _read(source.read_text())
+        except (OverflowError, TypeError, ValueError) as error:
+            raise ValueError(f"{source} is not a History file: {error}") from error
+        history = cls(num_steps, mode=mode, **{"path": source, **kwargs})
+        history.loss, history.val_loss = loss, val_loss
         if history._bar is not None:
             history._bar.update(len(history.loss))
         return history
@@ -206,10 +222,68 @@ def _progress_bar(total, label):
     return tqdm(total=total, desc=label or None, unit="epoch")
 
 
+def _scalar(name, value):
+    """A loss as a float; texts and booleans are none, though `float` takes them."""
+    try:
+        if isinstance(value, str | bytes | bool):
+            raise TypeError
+        return float(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(
+            f"`{name}` must be a scalar, the mean over the epoch, got {value!r} of "
+            f"type {type(value).__name__}. Take the mean, and record outside of jit."
+        ) from error
+
+
+def _write(path, how, text):
+    """A line of text, on the disk before this returns."""
+    with open(path, how) as file:
+        file.write(text.encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(text):
+    """The object that `save` writes, then the lines that `record` adds."""
+    content, end = json.JSONDecoder().raw_decode(text)
+    needed = {"num_steps", "mode", "loss", "val_loss"}
+    if not isinstance(content, dict) or not needed <= content.keys():
+        raise ValueError(
+            "expected a JSON object with `num_steps`, `mode`, `loss` and `val_loss`, "
+            f"got {str(content)[:80]}."
+        )
+    # A kill may have cut the last line short; one that is whole ends in a line feed.
+    lines = [json.loads(line) for line in text[end:].split("\n")[1:-1]]
+    if not all(isinstance(line, list) and len(line) == 2 for line in lines):
+        raise ValueError("behind the object, every line must be [loss, val_loss].")
+    loss = _from_json("loss", content["loss"], [line[0] for line in lines])
+    val_loss = _from_json("val_loss", content["val_loss"], [line[1] for line in lines])
+    if len(loss) != len(val_loss):
+        raise ValueError(
+            f"`loss` and `val_loss` must be of one length, got {len(loss)} and "
+            f"{len(val_loss)}."
+        )
+    num_steps = checks.integer("num_steps", content["num_steps"], 1)
+    mode = checks.choice("mode", content["mode"], modes.MODES)
+    return num_steps, mode, loss, val_loss
+
+
+_NOT_FINITE = ("nan", "inf", "-inf")
+
+
 def _to_json(values):
     # JSON has no NaN or infinity; strings survive every reader, and float() reads them.
     return [v if math.isfinite(v) else str(v) for v in values]
 
 
-def _from_json(values):
-    return [float(v) for v in values]
+def _from_json(name, values, more):
+    def is_number(value):
+        is_text = isinstance(value, str)
+        return value in _NOT_FINITE if is_text else type(value) in (int, float)
+
+    if not isinstance(values, list) or not all(map(is_number, values + more)):
+        raise ValueError(
+            f"`{name}` must be a list of numbers or of {', '.join(_NOT_FINITE)}, got "
+            f"{str(values)[:80]}."
+        )
+    return [float(value) for value in values + more]

@@ -29,7 +29,9 @@ def make_train_step(
     In scanned mode `batches` stacks the walk's minibatches: every leaf has the leading
     axis L, the optimizer's number of gradients per update. The first one gives the loss
     and the first gradient, the others are scanned over. In transparent mode, and for
-    every optimizer that wants one gradient per update, `batches` is one minibatch.
+    every optimizer that wants one gradient per update, `batches` is one minibatch; a
+    stack given there is a minibatch with one more axis, which many losses take without
+    an error. With `mode` the step insists on what you mean.
 
     The optimizer also gets `value`, `grad` and `value_fn` of the first gradient, as
     `optax.contrib.reduce_on_plateau` or `optax.lbfgs` want them.
@@ -43,7 +45,7 @@ def make_train_step(
       loss_fn: ``(params, batch) -> loss``, or with `has_aux` ``(params, batch, aux) ->
         (loss, aux)``, where `aux` is anything that moves along: batch statistics,
         dropout keys.
-      tx: the optimizer; in scanned mode it must have been made with the same `has_aux`.
+      tx: the optimizer. It need not be told of `has_aux`.
       has_aux: whether the loss threads auxiliary state. In either mode it is the first,
         clean pass of a walk that moves it: batch statistics move once per outer update.
         The passes inside the walk start from what that one left, and what they return
@@ -62,8 +64,10 @@ def make_train_step(
 
     Raises:
       ValueError: a `mode` that is unknown or not the optimizer's, batches whose leading
-        axis is not the number of gradients per update, `output_fn` missing where it is
-        needed or given beside `has_aux`.
+        axis is not the number of gradients per update, a loss that is no scalar, `aux`
+        without `has_aux` or the reverse, `output_fn` missing where it is needed or
+        given beside `has_aux`.
+      TypeError: in scanned mode, a list of minibatches that are not stacked.
 
     Example:
       >>> import jax.numpy as jnp, optax_flat
@@ -89,9 +93,10 @@ def make_train_step(
     optimizer = modes.with_extra_args(tx)
 
     def loss_and_aux(params, batch, aux):
-        if output_fn is not None:
-            return loss_fn(output_fn(params, batch), batch), aux
-        return loss_fn(params, batch, aux) if has_aux else (loss_fn(params, batch), aux)
+        if has_aux:
+            return _check_loss(loss_fn(params, batch, aux), has_aux)
+        inputs = params if output_fn is None else output_fn(params, batch)
+        return _check_loss(loss_fn(inputs, batch), has_aux), aux
 
     value_and_grad = jax.value_and_grad(loss_and_aux, has_aux=True)
 
@@ -114,11 +119,14 @@ def make_train_step(
         return optax.apply_updates(params, updates), opt_state, loss
 
     def step(params, opt_state, batches, aux=None):
+        _check_aux_given(has_aux, aux)
         walks = modes.states(opt_state, modes.ScannedState | modes.TransparentState)
         is_scanned = bool(modes.states(opt_state, modes.ScannedState))
         _check_mode(mode, is_scanned)
         if modes.states(opt_state, modes.ForwardOnly):
             return forward(params, opt_state, batches)
+        if is_scanned:
+            _check_stack(batches)
         batch = jax.tree.map(lambda x: x[0], batches) if is_scanned else batches
         # In transparent mode a pass may be inside a walk: it is given keys of its own,
         # and what it makes of aux is dropped.
@@ -161,6 +169,59 @@ def _check_mode(mode, is_scanned):
         raise ValueError(
             f"`mode` is {mode!r}, but this optimizer takes {takes} per update. Build "
             f"it with mode={mode!r}, or leave `mode` out."
+        )
+
+
+def _check_stack(batches):
+    """A list means many minibatches, as in `optax_flat.flatness`."""
+    if isinstance(batches, list):
+        raise TypeError(
+            "`batches` must stack the minibatches of a walk, every leaf with the "
+            "leading axis L, the optimizer's gradients per update; got a list of "
+            f"{len(batches)}. Stack it: jax.tree.map(lambda *x: jnp.stack(x), "
+            "*batches). If its entries are stacked inputs and targets, give a tuple."
+        )
+    shapes = {jnp.shape(leaf) for leaf in jax.tree.leaves(batches)}
+    if () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "every leaf of `batches` must have the same leading axis L, one minibatch "
+            "for each of the optimizer's gradients per update, got shapes "
+            f"{sorted(shapes)}. Stack minibatches: jax.tree.map(lambda *x: "
+            "jnp.stack(x), *minibatches); or build the optimizer with "
+            'mode="transparent".'
+        )
+
+
+def _check_loss(returned, has_aux):
+    """What `loss_fn` returned, a scalar or with `has_aux` a pair."""
+    is_pair = isinstance(returned, tuple) and len(returned) == 2
+    loss = returned[0] if has_aux and is_pair else returned
+    if has_aux != is_pair or not jax.tree_util.all_leaves([loss]):
+        wanted = "(loss, aux)" if has_aux else "the loss alone"
+        raise ValueError(
+            f"`loss_fn` must return {wanted} for make_train_step(has_aux={has_aux}), "
+            f"got {jax.tree.structure(returned)}. Return that, or change has_aux."
+        )
+    if jnp.shape(loss):
+        raise ValueError(
+            f"`loss_fn` must return a scalar, got shape {jnp.shape(loss)}. Take the "
+            "mean over the minibatch. (In transparent mode, and for an optimizer of "
+            "one gradient per update, give one minibatch and not a stack.)"
+        )
+    return returned
+
+
+def _check_aux_given(has_aux, aux):
+    if has_aux and aux is None:
+        raise ValueError(
+            "`aux` moves along with the params for make_train_step(has_aux=True), got "
+            "None. Pass a first `aux` to the step: step(params, opt_state, batches, "
+            "aux)."
+        )
+    if not has_aux and aux is not None:
+        raise ValueError(
+            "`aux` was given to the step, but it was made with has_aux=False. Use "
+            "make_train_step(loss_fn, tx, has_aux=True), or leave `aux` out."
         )
 
 

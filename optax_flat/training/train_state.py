@@ -4,14 +4,11 @@ from typing import Any, Self
 
 import optax
 
+from optax_flat._core import extras
 from optax_flat._core.modes import eval_params, with_extra_args
 
-try:
-    from flax.training import train_state
-except ImportError as error:
-    raise ImportError(
-        "optax_flat.training.TrainState needs Flax: pip install 'optax_flat[flax]'."
-    ) from error
+extras.load("flax", "flax", "optax_flat.training.TrainState")
+from flax.training import train_state  # noqa: E402 - first the advice, if it is missing
 
 
 class TrainState(train_state.TrainState):
