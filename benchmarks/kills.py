@@ -32,7 +32,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -209,8 +208,8 @@ def train(
         reports.send(Report(doing, now, log["calls"], len(history.loss), end))
 
     tx = method.make(calls)
-    params = jax.tree.map(jnp.asarray, start_params(sizes, seed))
-    fresh = params, tx.init(params)
+    start = jax.jit(lambda params: (params, tx.init(params)))
+    fresh = start(start_params(sizes, seed))
     with Checkpoint(folder / "checkpoint") as checkpoint, history:
         (params, opt_state), log = checkpoint.restore(fresh, {"calls": 0})
         if method.forgetful:
