@@ -104,9 +104,9 @@ def test_damaged_checkpoint(checkpoint, damage, tmp_path):
         assert_is(run.restore(STATE, {})[0], OTHER)
     for step in ("2", "3"):
         damage(largest(step))
-    with checkpoint.Checkpoint(tmp_path) as run:
-        with pytest.raises(ValueError, match="can be restored.*Delete the folder"):
-            run.restore(OTHER, {})
+    refused = pytest.raises(ValueError, match="can be restored.*Delete the folder")
+    with checkpoint.Checkpoint(tmp_path) as run, refused:
+        run.restore(OTHER, {})
     assert sorted(step.name for step in tmp_path.iterdir()) == ["2", "3"]
 
 
