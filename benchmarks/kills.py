@@ -100,7 +100,7 @@ class Sizes(NamedTuple):
     images: int = 1024
 
 
-SMOKE = Sizes(width=8, batch=16, epochs=4, images=64)
+SMOKE = Sizes(width=8, batch=16, epochs=3, images=64)
 
 
 def _walk(factory: Callable[..., Any], mode: str, **arguments: Any) -> Method:
