@@ -96,6 +96,44 @@ def test_runs_and_resumes(script, tmp_path):
     assert again[lost]["seconds"] != rows[lost]["seconds"]
 
 
+def test_kills(tmp_path):
+    """Killed and resumed, a run ends as if it had not been; its History as well."""
+    method = "entropy_sgd/transparent"
+    done = start("kills", tmp_path, "--smoke", "--methods", method, "--kills", 2)
+    assert done.returncode == 0, done.stderr
+    row = read_rows(tmp_path)[method, 0]
+    assert row["kills"] == 2
+    doing = ("starting", "updating", "writing_history", "writing_checkpoint")
+    assert sum(row[name] for name in doing) == 2
+    assert row["bit_equal_ends"] == row["runs"] > 0
+    assert row["history_faults"] == 0
+    assert (tmp_path / "table.md").read_text() in done.stdout
+    assert (tmp_path / "kills.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_faults_of_a_history_are_found(harness, tmp_path):
+    kills = pytest.importorskip("kills")
+    path = tmp_path / "history.json"
+    expected = [4.0, 3.0, 2.0]
+
+    def is_faulty(losses, recorded):
+        history = kills.History(path=path)
+        for loss in losses:
+            history.record(loss)
+        return kills.is_faulty(path, expected, recorded)
+
+    assert not kills.is_faulty(path, expected, 0)
+    assert kills.is_faulty(path, expected, 1)  # recorded, but there is no file
+    assert not is_faulty([4.0, 3.0], 2)
+    assert not is_faulty([4.0, 3.0], 1)  # killed behind the write
+    assert is_faulty([4.0, 3.0], 3)  # a gap at the end
+    assert is_faulty([4.0, 2.0], 2)  # or inside
+    assert is_faulty([4.0, 4.0, 3.0], 3)  # a repeat
+    assert is_faulty([*expected, 2.0], 3)
+    path.write_text(path.read_text()[:20])  # torn
+    assert kills.is_faulty(path, expected, 0)
+
+
 @pytest.mark.parametrize("script", ["step_time"])  # all share the mechanism
 def test_refuses_rows_of_other_settings(script, tmp_path):
     (tmp_path / "rows.json").write_text('[{"method": "a", "seed": 0}]')
