@@ -64,9 +64,10 @@ def draw(key: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     names = "".join(jax.tree_util.keystr(path) for path, _ in paths)
     label = hashlib.blake2b(names.encode(), digest_size=8).digest()
     seed = jax.random.bits(key, (2,), jnp.uint32) ^ np.frombuffer(label, "<u4")
+    scale = scale * {"normal": _SCALE, "rademacher": 1.0}[kind]
     draws = [
         _draw_leaf(
-            seed, start, scale,
+            seed, start, jnp.asarray(scale, leaf.dtype),
             shape=leaf.shape, dtype=leaf.dtype, sharding=_sharding(leaf), kind=kind,
         )
         for leaf, start in zip(leaves, _starts(leaves), strict=True)
@@ -118,22 +119,21 @@ def _draw_leaf(seed, start, scale, *, shape, dtype, sharding, kind):
         for axis in range(len(shape))
     ]
     low, high = seed + start
-    low = low + _number(axes[len(outer) :], inner)
-    high = high + _number(axes[: len(outer)], outer)
+    low = _add_number(low, axes[len(outer) :], inner)
+    high = _add_number(high, axes[: len(outer)], outer)
     words = _mix(low, high)
     if kind == "rademacher":
-        scale = jnp.asarray(scale, dtype)
         return jnp.where(words < 0, -scale, scale)
-    return _normal(words).astype(dtype) * jnp.asarray(_SCALE * scale, dtype)
+    return _normal(words).astype(dtype) * scale
 
 
-def _number(axes, shape):
-    """The number of each entry, row by row: its last axis runs fastest."""
-    number, stride = jnp.uint32(0), 1
+def _add_number(first, axes, shape):
+    """`first` plus the number of each entry, row by row: the last axis runs fastest."""
+    stride = 1
     for axis, length in zip(reversed(axes), reversed(shape), strict=True):
-        number = number + (axis if stride == 1 else axis * np.uint32(stride))
+        first = first + (axis if stride == 1 else axis * np.uint32(stride))
         stride *= length
-    return number
+    return first
 
 
 def _mix(low, high):
@@ -149,7 +149,8 @@ def _mix(low, high):
 
 def _normal(words):
     # |x| <= 2^31 after rounding; the end is the next float32, so nothing is zero.
-    x, end = words.astype(jnp.float32), np.float32(2**31 + 2**8)
+    x = words.astype(jnp.float32)
+    end = jnp.full_like(x, 2**31 + 2**8)
     t = jnp.log((end + x) / (end - x))
     root = jnp.sqrt(t * t + np.float32(_B))
     return t * jax.lax.rsqrt(root + np.float32(_A))
