@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, layout, trees
 from optax_flat._core.walk import Walk
 
 MODES = ("scanned", "transparent")
@@ -187,7 +187,7 @@ def scanned(
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
-        _check_state(state, ScannedState)
+        layout.check(init, state, params)
         memory = state.memory
         progress = walker.consume(memory, walker.begin(memory, params), updates)
         if batches is not None:
@@ -274,27 +274,29 @@ def transparent(
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
 
-    def init(params):
+    def fresh(params):
         checks.float_params(params)
         params = trees.concrete(params)
         memory = trees.arrays(walk.init(params))
         zero = jnp.zeros([], jnp.int32)
-        state = TransparentState(
+        return TransparentState(
             zero, zero, memory, zero, params, *walker.begin(memory, params)
         )
+
+    def init(params):
         # A walk starts with several names for the params; donation needs a buffer each.
-        return trees.copy(state)
+        return trees.copy(fresh(params))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
-        _check_state(state, TransparentState)
+        layout.check(fresh, state, params)
         memory = state.memory
-        fresh = (params, *walker.begin(memory, params))
+        begun = (params, *walker.begin(memory, params))
         kept = state[-4:]
         first_point, *progress = trees.where(
-            state.step == 0, trees.cast_like(fresh, kept), kept
+            state.step == 0, trees.cast_like(begun, kept), kept
         )
         progress = walker.consume(memory, progress, updates)
         inner, _, finite = progress
@@ -440,16 +442,6 @@ def _with_aux(grad_fn, point, batch, aux):
             "optimizer (and make_train_step) without has_aux."
         )
     return out
-
-
-def _check_state(state, kind):
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"`update` of a method in {kind.__name__.removesuffix('State').lower()} "
-            f"mode takes the {kind.__name__} that its own `init` made, got "
-            f"{type(state).__name__}. Was the state made by another optimizer, or in "
-            "the other mode?"
-        )
 
 
 def _check_placeholders(params, function):
