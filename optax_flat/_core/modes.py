@@ -7,7 +7,8 @@ wants the next one, so that any training loop works unchanged. Both call the sam
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -336,14 +337,19 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     so code that calls it serves every optimizer.
 
     Args:
-      opt_state: the state of an optimizer that contains any number of our methods.
-      params: the current params.
+      opt_state: the state of an optimizer that contains any number of our methods, such
+        as the `opt_state` of an `nnx.Optimizer`.
+      params: the current params, such as ``nnx.state(model, nnx.Param)``. They may hold
+        more than the optimizer's, as an Equinox model does whose arrays were filtered
+        out (None) for `init`: the rest is returned as it is.
 
     Returns:
       Params of the same structure and dtype.
 
     Raises:
-      ValueError: the two arguments were swapped.
+      ValueError: the two arguments were swapped; or the state has lost the classes that
+        say what it is, as it does when it is restored from a file without a target; or
+        it belongs to params of another structure.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flat
@@ -363,9 +369,50 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "`eval_params` takes the optimizer's state first: eval_params(opt_state, "
             "params). The second argument holds an optimizer state: swap the two."
         )
-    for state in states(opt_state, Evaluable):
-        params = state.eval_params(params)
-    return params
+    for place, node in _without_class(opt_state):
+        raise ValueError(
+            "`eval_params` needs the optimizer's state with its classes, for they tell "
+            f"the params of a walk from others, got {type(node).__name__} at {place}. "
+            "Pass the state that `init` and `update` return; restore it from a file "
+            "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
+            "`opt_state` itself. A state of your own should be a NamedTuple."
+        )
+    arrays = evaluated = _plain(params)
+    for state in states(_plain(opt_state), Evaluable):
+        try:
+            evaluated = state.eval_params(evaluated)
+        except ValueError as error:
+            raise ValueError(
+                "the optimizer's state belongs to other params.\n"
+                f"  params: {jax.tree.structure(params)}\n"
+                "Pass the params and the state that one `update` led to."
+            ) from error
+    if evaluated is arrays:
+        return params
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(evaluated))
+
+
+def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, Any]]:
+    """What stands in the place of a state and has no class that says what it is.
+
+    Optax nests states in tuples (`chain`) and dictionaries (`named_chain`); states
+    themselves are NamedTuples.
+    """
+    children: Any = ()
+    if isinstance(node, tuple) and not hasattr(node, "_fields"):
+        children = enumerate(node)
+    elif isinstance(node, dict) and node:
+        children = node.items()
+    elif isinstance(node, Mapping | list | None) or jax.tree_util.all_leaves([node]):
+        yield place, node
+    for key, child in children:
+        yield from _without_class(child, f"{place}[{key!r}]")
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with arrays in the place of NNX's variables."""
+    nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
+    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def with_extra_args(tx: Any) -> Any:
