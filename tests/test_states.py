@@ -6,7 +6,6 @@ import equinox as eqx
 import flax.serialization
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 from flax import nnx

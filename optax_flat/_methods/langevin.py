@@ -129,7 +129,7 @@ def add_langevin_noise(
         layout.check(init, state, updates)
         variance = 2.0 * at(step_size, state.count)
         drift = trees.accumulator(updates)
-        noisy = _add_noise(drift, key, state, temperature, variance, noise_kind)
+        noisy = _add_noise(drift, key, state, temperature, variance, kind=noise_kind)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(noisy, updates), LangevinNoiseState(count, state.key)
 
@@ -313,7 +313,7 @@ def psgld(
         # In the coordinates x / sqrt(G) all directions have the same noise.
         roots = jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v) + floor), nu)
         steps = jax.tree.map(lambda r, g: -rate * r * g, roots, grads)
-        steps = _add_noise(steps, key, state, temperature, 2.0 * rate, noise_kind)
+        steps = _add_noise(steps, key, state, temperature, 2.0 * rate, kind=noise_kind)
         steps = jax.tree.map(lambda r, s: r * s, roots, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(steps, updates), PSGLDState(count, state.key, nu)
@@ -401,7 +401,7 @@ def sghmc(
         rate, c = at(learning_rate, state.count), at(friction, state.count)
         grads = trees.cast_like(updates, state.mu)
         mu = jax.tree.map(lambda v, g: (1.0 - c) * v - rate * g, state.mu, grads)
-        mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, noise_kind)
+        mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=noise_kind)
         mu = trees.cast_like(mu, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(mu, updates), SGHMCState(count, state.key, mu)
@@ -414,7 +414,7 @@ def _check(temperature, noise_kind):
     checks.choice("noise_kind", noise_kind, KINDS)
 
 
-def _add_noise(tree, key, state, temperature, variance, kind):
+def _add_noise(tree, key, state, temperature, variance, *, kind):
     """`tree` + sqrt(T variance) z."""
     # Known when the program is built, so the draws are left out of it.
     if isinstance(temperature, int | float) and temperature == 0:
