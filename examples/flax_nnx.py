@@ -84,9 +84,8 @@ def transparent_step(model, optimizer, batch):
 
 def eval_model(model, optimizer):
     """A copy to evaluate, at any moment and in either mode."""
-    # Optimizers see plain arrays; `as_pure` takes them out of NNX's variables.
-    params = nnx.as_pure(nnx.state(model, nnx.Param))
-    params = optax_flat.eval_params(nnx.as_pure(optimizer.opt_state), params)
+    params = nnx.state(model, nnx.Param)
+    params = optax_flat.eval_params(optimizer.opt_state, params)
     copy = nnx.view(nnx.clone(model), deterministic=True, use_running_average=True)
     nnx.update(copy, params)
     return copy

@@ -90,7 +90,7 @@ def main(argv=None):
         stopped = train(*start, history, epochs - 3, data)  # in the middle of a walk
 
     # The optimizer's state holds the anchor, the walk so far and the random key. A new
-    # state as target gives what is read its types: named tuples and typed keys.
+    # state as target gives what is read its types: named tuples.
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(out / "checkpoint", stopped, force=True)
     with ocp.StandardCheckpointer() as checkpointer:

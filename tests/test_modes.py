@@ -274,14 +274,14 @@ INT_PARAMS = ragged_params() | {"scale": jnp.array(2)}
                 jnp.ones(2),
             ),
             TypeError,
-            "in scanned mode takes the ScannedState .* got TransparentState",
+            "(?s)`state` differs.*got: +TransparentState .*expected: ScannedState",
         ),
         (
             lambda: optax_flat.entropy_sgd(0.5, mode="transparent", key=0).update(
                 jnp.ones(2), optax.adam(0.1).init(jnp.ones(2)), jnp.ones(2)
             ),
             TypeError,
-            "in transparent mode takes the TransparentState .* got tuple",
+            "(?s)`state` differs.*got: +tuple .*expected: TransparentState",
         ),
         (
             lambda: optax_flat.masked(optax.sgd(0.1), True).update(1.0, None),

@@ -7,14 +7,15 @@ wants the next one, so that any training loop works unchanged. Both call the sam
 """
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, layout, trees
 from optax_flat._core.walk import Walk
 
 MODES = ("scanned", "transparent")
@@ -188,7 +189,7 @@ def scanned(
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
-        _check_state(state, ScannedState)
+        layout.check(init, state, params)
         memory = state.memory
         progress = walker.consume(memory, walker.begin(memory, params), updates)
         if batches is not None:
@@ -278,27 +279,29 @@ def transparent(
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
 
-    def init(params):
+    def fresh(params):
         checks.float_params(params)
         params = trees.concrete(params)
         memory = trees.arrays(walk.init(params))
         zero = jnp.zeros([], jnp.int32)
-        state = TransparentState(
+        return TransparentState(
             zero, zero, memory, zero, params, *walker.begin(memory, params)
         )
+
+    def init(params):
         # A walk starts with several names for the params; donation needs a buffer each.
-        return trees.copy(state)
+        return trees.copy(fresh(params))
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
-        _check_state(state, TransparentState)
+        layout.check(fresh, state, params)
         memory = state.memory
-        fresh = (params, *walker.begin(memory, params))
+        begun = (params, *walker.begin(memory, params))
         kept = state[-4:]
         first_point, *progress = trees.where(
-            state.step == 0, trees.cast_like(fresh, kept), kept
+            state.step == 0, trees.cast_like(begun, kept), kept
         )
         progress = walker.consume(memory, progress, updates)
         inner, _, finite = progress
@@ -338,14 +341,19 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     so code that calls it serves every optimizer.
 
     Args:
-      opt_state: the state of an optimizer that contains any number of our methods.
-      params: the current params.
+      opt_state: the state of an optimizer that contains any number of our methods, such
+        as the `opt_state` of an `nnx.Optimizer`.
+      params: the current params, such as ``nnx.state(model, nnx.Param)``. They may hold
+        more than the optimizer's, as an Equinox model does whose arrays were filtered
+        out (None) for `init`: the rest is returned as it is.
 
     Returns:
       Params of the same structure and dtype.
 
     Raises:
-      ValueError: the two arguments were swapped.
+      ValueError: the two arguments were swapped; or the state has lost the classes that
+        say what it is, as it does when it is restored from a file without a target; or
+        it belongs to params of another structure.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flat
@@ -365,9 +373,50 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "`eval_params` takes the optimizer's state first: eval_params(opt_state, "
             "params). The second argument holds an optimizer state: swap the two."
         )
-    for state in states(opt_state, Evaluable):
-        params = state.eval_params(params)
-    return params
+    for place, node in _without_class(opt_state):
+        raise ValueError(
+            "`eval_params` needs the optimizer's state with its classes, for they tell "
+            f"the params of a walk from others, got {type(node).__name__} at {place}. "
+            "Pass the state that `init` and `update` return; restore it from a file "
+            "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
+            "`opt_state` itself. A state of your own should be a NamedTuple."
+        )
+    arrays = evaluated = _plain(params)
+    for state in states(_plain(opt_state), Evaluable):
+        try:
+            evaluated = state.eval_params(evaluated)
+        except ValueError as error:
+            raise ValueError(
+                "the optimizer's state belongs to other params.\n"
+                f"  params: {jax.tree.structure(params)}\n"
+                "Pass the params and the state that one `update` led to."
+            ) from error
+    if evaluated is arrays:
+        return params
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(evaluated))
+
+
+def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, Any]]:
+    """What stands in the place of a state and has no class that says what it is.
+
+    Optax nests states in tuples (`chain`) and dictionaries (`named_chain`); states
+    themselves are NamedTuples.
+    """
+    children: Any = ()
+    if isinstance(node, tuple) and not hasattr(node, "_fields"):
+        children = enumerate(node)
+    elif isinstance(node, dict) and node:
+        children = node.items()
+    elif isinstance(node, Mapping | list | None) or jax.tree_util.all_leaves([node]):
+        yield place, node
+    for key, child in children:
+        yield from _without_class(child, f"{place}[{key!r}]")
+
+
+def _plain(tree: Any) -> Any:
+    """The tree with arrays in the place of NNX's variables."""
+    nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
+    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def with_extra_args(tx: Any) -> Any:
@@ -459,16 +508,6 @@ def _with_number(grad_fn, point, number, *aux):
             "gradients but the first, stacked along a leading axis, or a `grad_fn` "
             "that looks its minibatch up by number."
         ) from error
-
-
-def _check_state(state, kind):
-    if not isinstance(state, kind):
-        raise TypeError(
-            f"`update` of a method in {kind.__name__.removesuffix('State').lower()} "
-            f"mode takes the {kind.__name__} that its own `init` made, got "
-            f"{type(state).__name__}. Was the state made by another optimizer, or in "
-            "the other mode?"
-        )
 
 
 def _check_placeholders(params, function):

@@ -129,10 +129,13 @@ def norm(tree: Any) -> jax.Array:
 
 
 def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> Any:
-    """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`."""
+    """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`.
+
+    Masked leaves are Optax's placeholders, or None, which Equinox's filters leave.
+    """
 
     def is_masked(leaf):
-        return isinstance(leaf, optax.MaskedNode)
+        return leaf is None or isinstance(leaf, optax.MaskedNode)
 
     return jax.tree.map(
         lambda s, w: w if is_masked(s) else fn(s, w), selected, whole, is_leaf=is_masked

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, layout, trees
 from optax_flat._core.hyperparams import at, static_args
 
 
@@ -111,6 +111,7 @@ def adagrad(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         eps_t, p = at(eps, state.count), at(power, state.count)
         grads = trees.cast_like(updates, state.nu)
         nu = jax.tree.map(lambda G, g: G + g * g, state.nu, grads)
@@ -196,6 +197,7 @@ def adadelta(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         rho, eps_t = at(decay, state.count), at(eps, state.count)
 
         def average(old, new):
@@ -266,6 +268,7 @@ def clip_by_leaf_norm(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         bound = at(max_norm, state.count)
 
         def clip(g):

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, layout, trees
 from optax_flat._core.hyperparams import at, static_args
 
 
@@ -144,6 +144,7 @@ def coolmomentum(
 
     def update(updates, state, params=None, **extra_args):
         del extra_args
+        layout.check(init, state, updates)
         grads = trees.cast_like(updates, state.mu)
         if decays:
             checks.float_params(params)

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_flat._core import checks, ensembles, trees
+from optax_flat._core import checks, ensembles, keys, layout, trees
 from optax_flat._core.hyperparams import at, static_args
 from optax_flat._core.noise import draw
 
@@ -42,7 +42,7 @@ class EnsembleKalmanState(NamedTuple):
     """State of `ensemble_kalman`. The members are the params plus the deviations."""
 
     count: jax.Array  # int32, [], updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the count
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far
     replaced: jax.Array  # int32, [], members that gave NaN or infinity so far
     deviations: optax.Params  # every leaf [J, ...], of mean 0, at least float32
@@ -298,7 +298,8 @@ def _transformation(
         e = first(jax.random.fold_in(key, _FIRST), x)
         zero = jnp.zeros([], jnp.int32)
         previous = (x, e) if extrapolates else None
-        return trees.copy(EnsembleKalmanState(zero, key, zero, zero, e, previous))
+        data = keys.data(key)
+        return trees.copy(EnsembleKalmanState(zero, data, zero, zero, e, previous))
 
     def update(
         updates,
@@ -314,10 +315,11 @@ def _transformation(
         checks.float_params(params)
         ensembles.check_functions(params, output_fn=output_fn)
         evaluated = ensembles.in_dtype_of(output_fn, params)
+        layout.check(init, state, params)
         weigh = weights_of(loss_fn, target)
 
         def step(x, state):
-            update_key = jax.random.fold_in(state.key, state.count)
+            update_key = keys.fold_in(state.key, state.count, key)
             start = before = (x, state.deviations)
             if extrapolates:
                 beta = at(momentum, state.count)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, keys, layout, trees
 from optax_flat._core.hyperparams import at, static_args
 from optax_flat._core.noise import KINDS, draw
 
@@ -36,14 +36,14 @@ class LangevinNoiseState(NamedTuple):
     """State of `add_langevin_noise` and `sgld`."""
 
     count: jax.Array  # int32, [], updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the count
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the count
 
 
 class PSGLDState(NamedTuple):
     """State of `psgld`."""
 
     count: jax.Array  # int32, [], updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the count
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     nu: optax.Updates  # running mean of g^2, at least float32
 
 
@@ -51,7 +51,7 @@ class SGHMCState(NamedTuple):
     """State of `sghmc`."""
 
     count: jax.Array  # int32, [], updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the count
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     mu: optax.Updates  # velocity, at least float32
 
 
@@ -121,14 +121,15 @@ def add_langevin_noise(
 
     def init(params):
         checks.float_params(params)
-        return trees.copy(LangevinNoiseState(jnp.zeros([], jnp.int32), key))
+        count = jnp.zeros([], jnp.int32)
+        return trees.copy(LangevinNoiseState(count, keys.data(key)))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         variance = 2.0 * at(step_size, state.count)
-        noisy = _add_noise(
-            trees.accumulator(updates), state, temperature, variance, noise_kind
-        )
+        drift = trees.accumulator(updates)
+        noisy = _add_noise(drift, key, state, temperature, variance, kind=noise_kind)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(noisy, updates), LangevinNoiseState(count, state.key)
 
@@ -207,6 +208,7 @@ def sgld(
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(noise.init, state, updates)
         rate = at(learning_rate, state.count)
         drift = jax.tree.map(lambda g: -rate * g, trees.accumulator(updates))
         steps, state = noise.update(drift, state)
@@ -297,10 +299,12 @@ def psgld(
     def init(params):
         checks.float_params(params)
         nu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
-        return trees.copy(PSGLDState(jnp.zeros([], jnp.int32), key, nu))
+        count = jnp.zeros([], jnp.int32)
+        return trees.copy(PSGLDState(count, keys.data(key), nu))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         rate, a = at(learning_rate, state.count), at(decay, state.count)
         grads = trees.cast_like(updates, state.nu)
         nu = jax.tree.map(lambda v, g: a * v + (1.0 - a) * g**2, state.nu, grads)
@@ -309,7 +313,7 @@ def psgld(
         # In the coordinates x / sqrt(G) all directions have the same noise.
         roots = jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v) + floor), nu)
         steps = jax.tree.map(lambda r, g: -rate * r * g, roots, grads)
-        steps = _add_noise(steps, state, temperature, 2.0 * rate, noise_kind)
+        steps = _add_noise(steps, key, state, temperature, 2.0 * rate, kind=noise_kind)
         steps = jax.tree.map(lambda r, s: r * s, roots, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(steps, updates), PSGLDState(count, state.key, nu)
@@ -388,14 +392,16 @@ def sghmc(
     def init(params):
         checks.float_params(params)
         mu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
-        return trees.copy(SGHMCState(jnp.zeros([], jnp.int32), key, mu))
+        count = jnp.zeros([], jnp.int32)
+        return trees.copy(SGHMCState(count, keys.data(key), mu))
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         rate, c = at(learning_rate, state.count), at(friction, state.count)
         grads = trees.cast_like(updates, state.mu)
         mu = jax.tree.map(lambda v, g: (1.0 - c) * v - rate * g, state.mu, grads)
-        mu = _add_noise(mu, state, temperature, 2.0 * c * rate, noise_kind)
+        mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=noise_kind)
         mu = trees.cast_like(mu, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(mu, updates), SGHMCState(count, state.key, mu)
@@ -408,11 +414,11 @@ def _check(temperature, noise_kind):
     checks.choice("noise_kind", noise_kind, KINDS)
 
 
-def _add_noise(tree, state, temperature, variance, kind):
+def _add_noise(tree, key, state, temperature, variance, *, kind):
     """`tree` + sqrt(T variance) z."""
     # Known when the program is built, so the draws are left out of it.
     if isinstance(temperature, int | float) and temperature == 0:
         return tree
-    z = draw(jax.random.fold_in(state.key, state.count), tree, kind)
+    z = draw(keys.fold_in(state.key, state.count, key), tree, kind)
     scale = jnp.sqrt(at(temperature, state.count) * variance)
     return jax.tree.map(lambda x, z: x + scale * z, tree, z)

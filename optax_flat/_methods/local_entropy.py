@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat import schedules
-from optax_flat._core import checks, modes, trees
+from optax_flat._core import checks, keys, modes, trees
 from optax_flat._core.hyperparams import at, scheduled, static_args
 from optax_flat._core.noise import KINDS, draw
 from optax_flat._core.walk import Walk
@@ -65,7 +65,7 @@ class LocalEntropyState(NamedTuple):
     """What lives between outer updates."""
 
     count: jax.Array  # int32, [], outer updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the counts
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the counts
     outer_state: optax.OptState
     diagnostics: Diagnostics | None  # None unless asked for
 
@@ -82,7 +82,7 @@ class _Inner(NamedTuple):
 
     # Constant during the walk.
     anchor: optax.Params
-    key: jax.Array  # typed PRNG key, [], this walk's own
+    key: jax.Array  # uint32, data of this walk's own key
     # Changing at every step.
     taken: jax.Array  # int32, [], steps taken
     point: optax.Params
@@ -120,14 +120,15 @@ def _walk(
     def init(params):
         empty = Diagnostics(*jnp.zeros([5])) if diagnostics else None
         outer_state = outer.init(trees.accumulator(params, accumulator_dtype))
-        return LocalEntropyState(jnp.zeros([], jnp.int32), key, outer_state, empty)
+        count = jnp.zeros([], jnp.int32)
+        return LocalEntropyState(count, keys.data(key), outer_state, empty)
 
     def start(memory, params):
         x = trees.accumulator(params, accumulator_dtype)
         probe = None
         if diagnostics:
             probe = _Probe(optax.tree.zeros_like(x), jnp.zeros([]))
-        walk_key = jax.random.fold_in(memory.key, memory.count)
+        walk_key = keys.data(keys.fold_in(memory.key, memory.count, key))
         return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, probe)
 
     def averaged(memory, inner):
@@ -151,7 +152,7 @@ def _walk(
             inner.point, grads, inner.anchor,
         )  # fmt: skip
         if not noiseless:
-            step_key = jax.random.fold_in(inner.key, inner.taken)
+            step_key = keys.fold_in(inner.key, inner.taken, key)
             scale = eta**0.5 * at(hyperparams.noise, t)
             z = draw(step_key, point, noise_kind, scale)
             point = optax.tree.add(point, z)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, layout, trees
 from optax_flat._core.hyperparams import at, static_args
 
 THRESHOLD = 0.51
@@ -129,6 +129,7 @@ def scale_by_loss_slope(
 
     def update(updates, state, params=None, *, value=None, **extra_args):
         del params, extra_args
+        layout.check(init, state, updates)
         if value is None:
             raise ValueError(
                 "`value` must be passed to `update`: the schedule reads the loss. Call "

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, ensembles, trees
+from optax_flat._core import checks, ensembles, keys, layout, trees
 from optax_flat._core.hyperparams import static_args
 from optax_flat._core.noise import KINDS, draw
 
@@ -28,7 +28,7 @@ class PerturbationGradientState(NamedTuple):
     """State of `perturbation_gradient`."""
 
     count: jax.Array  # int32, [], updates made
-    key: jax.Array  # typed PRNG key, [], never changes: draws fold in the count
+    key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far
     replaced: jax.Array  # int32, [], perturbations that gave NaN or infinity so far
     outer_state: optax.OptState
@@ -189,7 +189,10 @@ def perturbation_gradient(
         ensembles.deviations_like(spread, params)
         zero = jnp.zeros([], jnp.int32)
         outer_state = outer.init(trees.accumulator(params))
-        return trees.copy(PerturbationGradientState(zero, key, zero, zero, outer_state))
+        data = keys.data(key)
+        return trees.copy(
+            PerturbationGradientState(zero, data, zero, zero, outer_state)
+        )
 
     def update(
         updates,
@@ -203,9 +206,10 @@ def perturbation_gradient(
         del updates, extra_args
         checks.float_params(params)
         ensembles.check_functions(params, output_fn=output_fn, loss_fn=loss_fn)
+        layout.check(init, state, params)
         x = trees.accumulator(params)
         s = ensembles.deviations_like(spread, x)
-        update_key = jax.random.fold_in(state.key, state.count)
+        update_key = keys.fold_in(state.key, state.count, key)
         evaluated = ensembles.in_dtype_of(output_fn, params)
         outputs, output_grads = _outputs(evaluated, loss_fn, x)
 
