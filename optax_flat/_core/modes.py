@@ -170,8 +170,9 @@ def scanned(
     def init(params):
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
-        memory = trees.arrays(walk.init(trees.concrete(params)))
-        return trees.copy(ScannedState(zero, zero, memory))
+        params = trees.concrete(params)
+        memory = trees.arrays(walk.init(params))
+        return trees.copy(ScannedState(zero, zero, memory), params)
 
     def update(
         updates,
@@ -283,7 +284,7 @@ def transparent(
             zero, zero, memory, zero, params, *walker.begin(memory, params)
         )
         # A walk starts with several names for the params; donation needs a buffer each.
-        return trees.copy(state)
+        return trees.copy(state, params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -296,8 +296,9 @@ def psgld(
 
     def init(params):
         checks.float_params(params)
-        nu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
-        return trees.copy(PSGLDState(jnp.zeros([], jnp.int32), key, nu))
+        params = trees.concrete(params)
+        nu = optax.tree.zeros_like(trees.accumulator(params))
+        return trees.copy(PSGLDState(jnp.zeros([], jnp.int32), key, nu), params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -387,8 +388,9 @@ def sghmc(
 
     def init(params):
         checks.float_params(params)
-        mu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
-        return trees.copy(SGHMCState(jnp.zeros([], jnp.int32), key, mu))
+        params = trees.concrete(params)
+        mu = optax.tree.zeros_like(trees.accumulator(params))
+        return trees.copy(SGHMCState(jnp.zeros([], jnp.int32), key, mu), params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

@@ -189,7 +189,8 @@ def perturbation_gradient(
         ensembles.deviations_like(spread, params)
         zero = jnp.zeros([], jnp.int32)
         outer_state = outer.init(trees.accumulator(params))
-        return trees.copy(PerturbationGradientState(zero, key, zero, zero, outer_state))
+        state = PerturbationGradientState(zero, key, zero, zero, outer_state)
+        return trees.copy(state, params)
 
     def update(
         updates,
