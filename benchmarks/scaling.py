@@ -181,7 +181,13 @@ def picture(rows: list[Row], path: Path) -> None:
 def main() -> None:
     """Counts what is missing, then writes table and picture."""
     known = programs()
-    options_of = parser(__doc__, known, seeds=1, out="out/scaling", data=False)
+    names = [
+        f"{name}/{scaling}/{devices}"
+        for name in known
+        for scaling in SCALINGS
+        for devices in DEVICES
+    ]
+    options_of = parser(__doc__, names, seeds=1, out="out/scaling", data=False)
     add = options_of.add_argument
     add("--rate", type=float, default=1e14, help="flops per second (1e14)")
     add("--bandwidth", type=float, default=1e11, help="bytes per second (1e11)")
@@ -194,14 +200,8 @@ def main() -> None:
         "latency": options.latency,
     }
     rows = Rows(options.out, {"width": width, "examples": examples, **machine})
-    names = [
-        f"{name}/{scaling}/{devices}"
-        for name in options.methods
-        for scaling in SCALINGS
-        for devices in DEVICES
-    ]
     alone: dict[str, float] = {}
-    for name, seed in rows.pending(names, range(options.seeds)):
+    for name, seed in rows.pending(options.methods, range(options.seeds)):
         method, scaling, devices = name.split("/")
         n = int(devices)
         of_all = examples * n if scaling == "weak" else examples

@@ -83,6 +83,11 @@ def floats(tree: Any) -> list[jax.Array]:
     return [x for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)]
 
 
+def assert_matches(found, expected):
+    # x - mu cancels digits, which a division by its size brings back.
+    assert_close(floats(found), floats(expected), factor=10)
+
+
 def assert_sharded(tree, mesh):
     """Params, and all buffers that are like them or stacks of them, lie as they should.
 
@@ -120,7 +125,7 @@ def test_meshes(method, mode, kind):
     assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, (start, state))
     buffers = assert_sharded(state, mesh)
     assert assert_sharded(after, mesh) == buffers + len(SPECS)
-    assert_close(floats(after), floats(on_one_device(method.name, mode, True)))
+    assert_matches(after, on_one_device(method.name, mode, True))
 
 
 def averaged(loss, axis):
@@ -161,7 +166,7 @@ def test_shard_map(method, mode, check_vma):
         return step(params, tx.init(params), data)
 
     after = run(params(), minibatches(method.length))
-    assert_close(floats(after), floats(on_one_device(method.name, mode, False)))
+    assert_matches(after, on_one_device(method.name, mode, False))
 
 
 @noisy_case
