@@ -106,7 +106,7 @@ def sharded_like(tree: Any, like: Any) -> Any:
         # All ones, whatever the partner holds. On an Auto mesh its layout is not known
         # here, but the compiler hands it on from operand to operand. (JAX's shard_alike
         # would put all leaves of one shape into one group.)
-        ones = jnp.where(partner < partner, 0, 1)
+        ones = jnp.where(jnp.less(partner, partner), 0, 1)
         return leaf * ones.astype(leaf.dtype)
 
     return jax.tree.map(sharded, tree, like)
