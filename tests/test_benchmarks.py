@@ -24,6 +24,8 @@ METHODS = {
     "mnist_ensemble": ["adam_perturbation", "eki"],
     "flatness_time": ["top_eigenvalue", "top_eigenvalue_few_images"],
     "flat_study": ["sgd", "entropy_sgd"],
+    "scaling": ["sgd/strong/1", "sgd/strong/8"],
+    "memory": ["sgd", "sgld"],
 }
 # What the rows are called, if not like the methods.
 ROWS = {"flat_study": "random-noisy-mlp/{}/x1"}

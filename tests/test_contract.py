@@ -42,9 +42,6 @@ key_case = pytest.mark.parametrize(
 transparent_case = pytest.mark.parametrize(
     ("method", "mode"), [case for case in CASES if case.values[1] == "transparent"]
 )
-eight_devices = pytest.mark.skipif(
-    jax.device_count() < 8, reason="needs eight devices, which conftest gives on CPU"
-)
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 every_walk = pytest.mark.parametrize(
     "method", [m for m in METHODS if m.modes == WALK_MODES], ids=lambda m: m.name
@@ -286,47 +283,6 @@ def test_donation(method, mode):
     for stack in batches(2, method.length):
         params, state = step(params, state, stack)
     assert_close(params, expected)
-
-
-@eight_devices
-@every_case
-def test_sharding_preserved(method, mode):
-    """Params sharded over eight devices stay so, and so does what has their shape."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("d"))
-
-    def target_loss(params, batch):
-        return jnp.mean(jnp.cosh(params - batch))
-
-    tx = method.make(mode=mode, **method.noisy)
-    start = jnp.linspace(-1.0, 1.0, 32).reshape(16, 2)
-    data = jnp.asarray(
-        np.random.default_rng(0).normal(size=(2, method.length, 2)), "f4"
-    )
-    sharded = jax.device_put(start, sharding)
-    run = train(tx, mode, sharded, data, loss=target_loss)
-    assert run.params.sharding.is_equivalent_to(sharding, 2)
-    for leaf in jax.tree.leaves((tx.init(sharded), run.state)):
-        if leaf.shape == start.shape:
-            assert leaf.sharding.is_equivalent_to(sharding, 2)
-    assert_close(run.params, train(tx, mode, start, data, loss=target_loss).params)
-
-
-@eight_devices
-@every_case
-def test_explicit_mesh(method, mode):
-    """Types carry the sharding here, and the branches of conditionals must agree."""
-    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))
-    with jax.set_mesh(mesh):
-        start = jax.device_put(
-            jnp.linspace(-1.0, 1.0, 16), jax.sharding.PartitionSpec("d")
-        )
-        data = jnp.zeros((1, method.length, 16))
-        tx = method.make(mode=mode, **method.noisy)
-        run = train(
-            tx, mode, start, data, loss=lambda p, batch: jnp.mean(jnp.cosh(p - 0.5))
-        )
-        assert jax.typeof(run.params) == jax.typeof(start)
 
 
 MASK = {"layer": {"w": True, "b": False}, "scale": True}

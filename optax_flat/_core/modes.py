@@ -172,8 +172,9 @@ def scanned(
     def init(params):
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
-        memory = trees.arrays(walk.init(trees.concrete(params)))
-        return trees.copy(ScannedState(zero, zero, memory))
+        params = trees.concrete(params)
+        memory = trees.arrays(walk.init(params))
+        return trees.copy(ScannedState(zero, zero, memory), params)
 
     def update(
         updates,
@@ -290,7 +291,8 @@ def transparent(
 
     def init(params):
         # A walk starts with several names for the params; donation needs a buffer each.
-        return trees.copy(fresh(params))
+        params = trees.concrete(params)
+        return trees.copy(fresh(params), params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

@@ -78,9 +78,38 @@ def arrays(tree: Any) -> Any:
     )
 
 
-def copy(tree: Any) -> Any:
-    """Every leaf in a buffer of its own, so that state and params can be donated."""
-    return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), tree)
+def copy(tree: Any, params: optax.Params = None) -> Any:
+    """A new state: every leaf in a buffer of its own, parts like the params sharded so.
+
+    State and params can be donated together then. Under `jit` the buffers that begin
+    with constants would otherwise be on every device in full.
+    """
+    structure = jax.tree.structure(params)
+
+    def is_like_params(part):
+        return jax.tree.structure(part) == structure
+
+    def own(part):
+        if is_like_params(part):
+            part = sharded_like(part, params)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), part)
+
+    return jax.tree.map(own, tree, is_leaf=is_like_params)
+
+
+def sharded_like(tree: Any, like: Any) -> Any:
+    """Each leaf sharded like its partner, if they have one shape."""
+
+    def sharded(leaf, partner):
+        if leaf.ndim == 0 or leaf.shape != partner.shape:
+            return leaf
+        # All ones, whatever the partner holds. On an Auto mesh its layout is not known
+        # here, but the compiler hands it on from operand to operand. (JAX's shard_alike
+        # would put all leaves of one shape into one group.)
+        ones = jnp.where(jnp.less(partner, partner), 0, 1)
+        return leaf * ones.astype(leaf.dtype)
+
+    return jax.tree.map(sharded, tree, like)
 
 
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -107,7 +107,9 @@ def adagrad(
 
     def init(params):
         checks.float_params(params)
-        return AdagradState(jnp.zeros([], jnp.int32), _filled(params, initial))
+        params = trees.concrete(params)
+        nu = _filled(params, initial)
+        return trees.copy(AdagradState(jnp.zeros([], jnp.int32), nu), params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -192,8 +194,10 @@ def adadelta(
 
     def init(params):
         checks.float_params(params)
+        params = trees.concrete(params)
         nu, squared_updates = _filled(params, 0.0), _filled(params, initial_update)
-        return AdadeltaState(jnp.zeros([], jnp.int32), nu, squared_updates)
+        state = AdadeltaState(jnp.zeros([], jnp.int32), nu, squared_updates)
+        return trees.copy(state, params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -288,5 +292,5 @@ def clip_by_leaf_norm(
 
 def _filled(params, value):
     """A tree like the params, in the accumulators' dtype, full of one value."""
-    zeros = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
+    zeros = optax.tree.zeros_like(trees.accumulator(params))
     return jax.tree.map(lambda x: x + jnp.asarray(value, x.dtype), zeros)

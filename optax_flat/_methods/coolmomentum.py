@@ -140,7 +140,7 @@ def coolmomentum(
         checks.float_params(params)
         params = trees.concrete(params)
         mu = optax.tree.zeros_like(trees.accumulator(params))
-        return CoolMomentumState(jnp.zeros([], jnp.int32), mu)
+        return trees.copy(CoolMomentumState(jnp.zeros([], jnp.int32), mu), params)
 
     def update(updates, state, params=None, **extra_args):
         del extra_args

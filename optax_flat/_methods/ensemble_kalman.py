@@ -298,8 +298,8 @@ def _transformation(
         e = first(jax.random.fold_in(key, _FIRST), x)
         zero = jnp.zeros([], jnp.int32)
         previous = (x, e) if extrapolates else None
-        data = keys.data(key)
-        return trees.copy(EnsembleKalmanState(zero, data, zero, zero, e, previous))
+        state = EnsembleKalmanState(zero, keys.data(key), zero, zero, e, previous)
+        return trees.copy(state, x)
 
     def update(
         updates,
@@ -370,7 +370,8 @@ def _fresh(members, spread, key, x):
         drawn = jax.tree.map(jnp.multiply, s, draw(member_key, x, "normal"))
         return trees.cast_like(drawn, x)
 
-    return members.center(jax.vmap(member)(members.indices()))[1]
+    e = members.center(jax.vmap(member)(members.indices()))[1]
+    return jax.vmap(lambda one: trees.sharded_like(one, x))(e)
 
 
 def _evaluate(output_fn, deviations, batch_size):

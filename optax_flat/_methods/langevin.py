@@ -298,9 +298,10 @@ def psgld(
 
     def init(params):
         checks.float_params(params)
-        nu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
+        params = trees.concrete(params)
+        nu = optax.tree.zeros_like(trees.accumulator(params))
         count = jnp.zeros([], jnp.int32)
-        return trees.copy(PSGLDState(count, keys.data(key), nu))
+        return trees.copy(PSGLDState(count, keys.data(key), nu), params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
@@ -391,9 +392,10 @@ def sghmc(
 
     def init(params):
         checks.float_params(params)
-        mu = optax.tree.zeros_like(trees.accumulator(trees.concrete(params)))
+        params = trees.concrete(params)
+        mu = optax.tree.zeros_like(trees.accumulator(params))
         count = jnp.zeros([], jnp.int32)
-        return trees.copy(SGHMCState(count, keys.data(key), mu))
+        return trees.copy(SGHMCState(count, keys.data(key), mu), params)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args

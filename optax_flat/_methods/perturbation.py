@@ -190,9 +190,8 @@ def perturbation_gradient(
         zero = jnp.zeros([], jnp.int32)
         outer_state = outer.init(trees.accumulator(params))
         data = keys.data(key)
-        return trees.copy(
-            PerturbationGradientState(zero, data, zero, zero, outer_state)
-        )
+        state = PerturbationGradientState(zero, data, zero, zero, outer_state)
+        return trees.copy(state, params)
 
     def update(
         updates,
