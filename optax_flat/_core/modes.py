@@ -166,6 +166,7 @@ def scanned(
       See `optax_flat.Walk`.
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
+    unroll = checks.unrolling(unroll)
 
     def init(params):
         checks.float_params(params)
@@ -249,8 +250,9 @@ def transparent(
 
     Raises:
       TypeError: an argument of the wrong type, or params that are not floating point.
-      ValueError: `walk.length` below 1; or, when `update` is traced, no params or
-        gradients of another structure.
+      ValueError: `walk.length` below 1; or, when `update` is traced, no params,
+        gradients of another structure, or a `grad_fn` or `batches`, which only scanned
+        mode takes.
 
     Example:
       The same walk in both modes ends at the same params:
@@ -285,8 +287,11 @@ def transparent(
         # A walk starts with several names for the params; donation needs a buffer each.
         return trees.copy(state)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates, state, params=None, *, grad_fn=None, batches=None, **extra_args
+    ):
         del extra_args
+        _check_no_walk(grad_fn=grad_fn, batches=batches)
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         _check_state(state, TransparentState)
@@ -450,6 +455,17 @@ def _check_state(state, kind):
             f"{type(state).__name__}. Was the state made by another optimizer, or in "
             "the other mode?"
         )
+
+
+def _check_no_walk(**arguments):
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was passed to `update` in transparent mode, which takes one "
+                "gradient per call and asks for no other. Leave it out and call "
+                "`update` once per gradient, or build the optimizer with "
+                'mode="scanned".'
+            )
 
 
 def _check_placeholders(params, function):

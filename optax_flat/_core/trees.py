@@ -19,7 +19,11 @@ def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
     """Params in the dtype of anchors and means: `dtype`, or at least float32."""
 
     def cast(leaf):
-        return leaf.astype(dtype or jnp.promote_types(leaf.dtype, jnp.float32))
+        if dtype is not None:
+            return leaf.astype(dtype)
+        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+        wide = jnp.float32 if narrow else jnp.promote_types(leaf.dtype, jnp.float32)
+        return leaf.astype(wide)
 
     return jax.tree.map(cast, params)
 

@@ -266,6 +266,12 @@ def ensemble_kalman(
     def weights_of(loss_fn, target):
         if noise_covariance is not None:
             return _kalman(target, noise_covariance=noise_covariance, **numbers)
+        if loss_fn is None and target is not None:
+            raise ValueError(
+                "`target` was passed to `update`, but only the implicit form takes it. "
+                "Give ensemble_kalman its `noise_covariance`, or pass `loss_fn`, the "
+                "loss of the outputs, in the place of `target`."
+            )
         return _descent(loss_fn, eps=eps, output_axis_name=output_axis_name, **numbers)
 
     return _transformation(
@@ -327,8 +333,9 @@ def _transformation(
                 start = trees.cast_like(start, before)
             v, e = start
             outputs = _evaluate(
-                lambda deviation: evaluated(optax.tree.add(v, deviation)), e, batch_size
-            )
+                lambda deviation: evaluated(optax.tree.add(v, deviation)),
+                e, members.size // members.shards, batch_size,
+            )  # fmt: skip
             weights, healthy = weigh(members, update_key, state.count, outputs)
             after, failed, unusable = _move(
                 members, update_key, start, before, weights=weights, healthy=healthy
@@ -372,10 +379,10 @@ def _fresh(members, spread, key, x):
     return members.center(jax.vmap(member)(members.indices()))[1]
 
 
-def _evaluate(output_fn, deviations, batch_size):
+def _evaluate(output_fn, deviations, size, batch_size):
     """Outputs of the members that are here, some at a time."""
-    if batch_size == jax.tree.leaves(deviations)[0].shape[0]:
-        return jax.vmap(output_fn)(deviations)
+    if batch_size == size:
+        return jax.vmap(output_fn, axis_size=size)(deviations)
     return jax.lax.map(output_fn, deviations, batch_size=batch_size)
 
 

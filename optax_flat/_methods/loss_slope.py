@@ -121,7 +121,7 @@ def scale_by_loss_slope(
     forgotten = min(400 + patience // 10, patience)
 
     def init(params):
-        del params
+        checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
         losses = jnp.zeros(patience, float)
         scale = jnp.ones([], float)
