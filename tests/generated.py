@@ -4,14 +4,17 @@
 the right structure without NaN or infinity, or a ValueError or TypeError of ours.
 """
 
+import functools
 import inspect
 import traceback
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from catalogue import METHODS
 from hypothesis import strategies as st
 from problem import update
 
@@ -55,6 +58,14 @@ def _tree(leaves):
     return st.recursive(leaves, nested, max_leaves=4)
 
 
+# What is computed with. All other trees are traced only, which takes no compilation.
+VALUES = (
+    _array((2, 3), jnp.float32, 1.0),
+    _array((3,), jnp.bfloat16, 1.0),
+    _array((), jnp.float16, 1.0),
+    _array((0, 2), jnp.float32, 1.0),
+)
+
 good = _leaf(FLOATS)
 odd = st.one_of(
     _leaf(OTHERS),
@@ -81,9 +92,24 @@ def arguments(draw, method):
     return changed
 
 
-def example(method):
-    """Params and arguments for one update."""
-    return st.tuples(params, arguments(method))
+class Example(NamedTuple):
+    """What is tried at once: odd shapes and types, then odd values."""
+
+    mode: str
+    params: Any
+    arguments: dict[str, Any]
+    scales: tuple[float, ...]  # of the leaves of `VALUES`
+
+
+def examples(method, modes):
+    """Examples for one method."""
+    return st.builds(
+        Example,
+        st.sampled_from(modes),
+        params,
+        arguments(method),
+        st.tuples(*[st.sampled_from(SCALES)] * len(VALUES)),
+    )
 
 
 def bounded_loss(params, batch):
@@ -96,34 +122,68 @@ def bounded_loss(params, batch):
     return sum(distances, jnp.zeros([]))
 
 
-def outcome(method, mode, params, arguments) -> str:
+def outcome(method, example) -> str:
     """"finite" or "refused"; anything else is a fault, and described."""
-    arguments = method.arguments | method.loop(mode) | arguments
+    arguments = method.arguments | method.loop(example.mode) | example.arguments
     try:
         tx = method.factory(**arguments)
-        state = tx.init(params)
-    except (TypeError, ValueError) as error:
-        return "refused" if _is_ours(error) else _described(error)
+        changed = _changed_types(tx, method, example, arguments)
     except Exception as error:
-        return _described(error)
-    try:
-        # Number of gradients of the walk, whatever `num_steps` and `nodes` are now.
-        length = 1 if mode in {"plain", "forward"} else _length(method, arguments)
-        with jax.disable_jit():
-            after, new_state = update(
-                tx, mode, params, state, jnp.zeros([length]), loss=bounded_loss
-            )
-    except (TypeError, ValueError) as error:
         return "refused" if _is_ours(error) else _described(error)
-    except Exception as error:
-        return _described(error)
-    if _types(after) != _types(params):
-        return f"params changed their types from {_types(params)} to {_types(after)}"
-    if _types(new_state) != _types(state):
-        return f"the state changed from {_types(state)} to {_types(new_state)}"
-    if not all(map(_is_finite, jax.tree.leaves((after, new_state)))):
-        return "NaN or infinity"
+    if changed:
+        return changed
+    values = tuple(s * leaf for s, leaf in zip(example.scales, VALUES, strict=True))
+    # Numbers are traced, so that one program serves all examples.
+    numbers = {k: v for k, v in example.arguments.items() if k in method.floats}
+    numbers = {k: v(0) if callable(v) else v for k, v in numbers.items()}
+    fixed = _defaults(method) | method.arguments | method.noisy
+    numbers = {k: numbers.get(k, fixed[k]) for k in method.floats}
+    if not _all_finite(method.name, example.mode)(values, numbers):
+        return f"NaN or infinity with {example.mode}, {example.scales}, {numbers}"
     return "finite"
+
+
+def _changed_types(tx, method, example, arguments):
+    """Traces `init` and an update; what changed its type, or nothing."""
+    params, mode = example.params, example.mode
+    if all(hasattr(leaf, "dtype") for leaf in jax.tree.leaves(params)):
+        state = jax.eval_shape(tx.init, params)
+    else:
+        state = tx.init(params)
+    length = 1 if mode in {"plain", "forward"} else _length(method, arguments)
+    after = jax.eval_shape(
+        functools.partial(update, tx, mode, loss=bounded_loss),
+        params, state, jnp.zeros([length]),
+    )  # fmt: skip
+    before, after = _types((params, state)), _types(after)
+    return "" if before == after else f"types changed from {before} to {after}"
+
+
+def _defaults(method):
+    parameters = inspect.signature(method.factory).parameters
+    return {name: parameter.default for name, parameter in parameters.items()}
+
+
+@functools.cache
+def _all_finite(name, mode):
+    method = next(method for method in METHODS if method.name == name)
+
+    @jax.jit
+    def all_finite(params, numbers):
+        fixed = method.arguments | method.noisy | method.loop(mode)
+        tx = method.factory(**fixed | numbers)
+        result = update(
+            tx, mode, params, tx.init(params), jnp.zeros([method.length]),
+            loss=bounded_loss,
+        )  # fmt: skip
+        floats = [
+            jnp.isfinite(leaf).all()
+            for leaf in jax.tree.leaves(result)
+            if jnp.issubdtype(leaf.dtype, jnp.floating)
+        ]
+        return jnp.all(jnp.array(floats))
+
+    return all_finite
 
 
 def _length(method, arguments):
@@ -133,7 +193,9 @@ def _length(method, arguments):
 
 
 def _is_ours(error):
-    """Whether the line that raised is a line of the library."""
+    """Whether it is of an allowed type, and raised by a line of the library."""
+    if not isinstance(error, TypeError | ValueError):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     return Path(frames[-1].filename).is_relative_to(Path(optax_flat.__file__).parent)
 
@@ -146,10 +208,4 @@ def _described(error):
 
 def _types(tree):
     leaves, structure = jax.tree.flatten(tree)
-    return structure, [(jnp.shape(x), jnp.result_type(x)) for x in leaves]
-
-
-def _is_finite(leaf):
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
-        return True
-    return bool(np.isfinite(np.asarray(leaf, np.float64)).all())
+    return structure, [(x.shape, jnp.result_type(x.dtype)) for x in leaves]

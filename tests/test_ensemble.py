@@ -730,6 +730,9 @@ def test_other_errors():
     )
     with pytest.raises(ValueError, match="`target` must be passed to `update`"):
         implicit.update(None, implicit.init(x), x, output_fn=linear)
+    explicit = optax_flat.ensemble_kalman(ensemble_size=4, spread=0.1, key=0)
+    with pytest.raises(ValueError, match="Give ensemble_kalman its `noise_covariance`"):
+        explicit.update(None, explicit.init(x), x, output_fn=linear, target=Y)
     with pytest.raises(ValueError, match="begins like that of the params"):
         optax_flat.ensemble_kalman(ensemble_size=4, spread={"a": 1.0}, key=0).init(
             {"b": x}
