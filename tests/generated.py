@@ -123,7 +123,7 @@ def bounded_loss(params, batch):
 
 
 def outcome(method, example) -> str:
-    """"finite" or "refused"; anything else is a fault, and described."""
+    """ "finite" or "refused"; anything else is a fault, and described."""
     arguments = method.arguments | method.loop(example.mode) | example.arguments
     try:
         tx = method.factory(**arguments)

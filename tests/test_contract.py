@@ -821,7 +821,11 @@ def test_errors_say_what_to_do(method):
     ("params", "error", "words"),
     [
         (None, ValueError, "`params` must be passed"),
-        ({"a": jnp.ones(2, jnp.float8_e5m2)}, TypeError, "at least 16 bits, .* at .'a'"),
+        (
+            {"a": jnp.ones(2, jnp.float8_e5m2)},
+            TypeError,
+            "at least 16 bits, .* at .'a'",
+        ),
         ({"a": jnp.arange(2)}, TypeError, "floating-point arrays only"),
         ({"a": jnp.ones(2, complex)}, TypeError, "floating-point arrays only"),
         ({"a": 1.0}, TypeError, "floating-point arrays only"),

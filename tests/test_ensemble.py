@@ -451,7 +451,9 @@ def test_huge_outputs_do_no_harm(form):
         arguments, functions = {"eps": 0.5}, {"loss_fn": misfit}
     else:
         arguments, functions = {"noise_covariance": 1.0}, {"target": jnp.asarray(Y)}
-    tx = optax_flat.ensemble_kalman(0.1, ensemble_size=8, spread=1.0, key=0, **arguments)
+    tx = optax_flat.ensemble_kalman(
+        0.1, ensemble_size=8, spread=1.0, key=0, **arguments
+    )
     start = jnp.zeros(4)
     highest = np.sort(tx.init(start).deviations[:, 0])
     bad_above = (highest[-1] + highest[-2]) / 2

@@ -1,5 +1,8 @@
 """Odd params and odd arguments: an update, or an error of ours."""
 
+import json
+from pathlib import Path
+
 import generated
 import pytest
 from catalogue import METHODS
@@ -17,3 +20,18 @@ def test_finite_or_refused(method):
         assert generated.outcome(method, example) in {"finite", "refused"}
 
     check()
+
+
+def test_slow_script(monkeypatch, tmp_path, capsys):
+    """It counts what became of each example, in a table."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    options = ["--smoke", "--seeds", "1", "--methods", "adagrad", "--out", tmp_path]
+    monkeypatch.setattr("sys.argv", ["odd_input.py", *map(str, options)])
+    import odd_input
+
+    odd_input.main()
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["examples"] == row["refused"] + row["finite"] == 3
+    text = (tmp_path / "table.md").read_text()
+    assert text in capsys.readouterr().out
+    assert f"| adagrad | 3 | {row['refused']} | {row['finite']} | 0 |" in text

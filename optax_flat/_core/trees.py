@@ -19,11 +19,8 @@ def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
     """Params in the dtype of anchors and means: `dtype`, or at least float32."""
 
     def cast(leaf):
-        if dtype is not None:
-            return leaf.astype(dtype)
-        narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
-        wide = jnp.float32 if narrow else jnp.promote_types(leaf.dtype, jnp.float32)
-        return leaf.astype(wide)
+        wide = jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype.itemsize >= 4
+        return leaf.astype(dtype or (leaf.dtype if wide else jnp.float32))
 
     return jax.tree.map(cast, params)
 

@@ -155,7 +155,10 @@ def scale_by_loss_slope(
             state.scale * at(factor, state.count), at(min_scale, state.count)
         )
         scale = jnp.where(stopped, lowered, state.scale).astype(state.scale.dtype)
-        scaled = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
+        scaled = jax.tree.map(
+            lambda u: u * scale.astype(u.dtype), trees.accumulator(updates)
+        )
+        scaled = trees.cast_like(scaled, updates)
         return scaled, LossSlopeState(
             jnp.asarray(optax.safe_increment(state.count)),
             scale,
