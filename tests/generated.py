@@ -81,7 +81,7 @@ def arguments(draw, method):
     """Some of a method's arguments replaced, by legal values mostly."""
     names = list(inspect.signature(method.factory).parameters)
     floats = st.sampled_from(LEGAL)
-    schedule = floats.map(lambda value: optax.constant_schedule(value))
+    schedule = floats.map(optax.constant_schedule)
     changed = {
         name: draw(st.one_of(floats, schedule))
         for name in method.floats

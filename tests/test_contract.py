@@ -95,7 +95,7 @@ def test_jit_equals_eager(method, mode):
 @every_case
 @pytest.mark.parametrize("x64", [False, True])
 def test_strict_tracing(method, mode, x64):
-    """No implicit promotion of ranks or dtypes, no leaked tracers, in both precisions."""
+    """No implicit promotion of ranks or dtypes and no leaks, in both precisions."""
     with (
         jax.enable_x64(x64),
         jax.numpy_rank_promotion("raise"),

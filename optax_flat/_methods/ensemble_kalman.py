@@ -82,7 +82,7 @@ class _Members(NamedTuple):
     def center(self, tree):
         """The mean over all members, and what is left without it."""
         mean = jax.tree.map(lambda x: x / self.size, self.sum(tree))
-        return mean, jax.tree.map(lambda x, m: x - m, tree, mean)
+        return mean, jax.tree.map(lambda x, m: x - m[None], tree, mean)
 
     def weighted_sum(self, weights, tree):
         """sum_k weights[k] member k, for weights [all members]."""
@@ -178,10 +178,11 @@ def ensemble_kalman(
     with covariances over the members (divided by J). It solves inverse problems in few
     updates.
 
-    *Members that fail.* A member whose outputs or loss gradient are not finite takes no
-    part in the update; it is drawn anew with the mean and the covariance of the others,
-    and counted in the state's `replaced`. With fewer than two left, or if the weights
-    of the combinations overflow, the update does nothing.
+    *Members that fail.* A member whose outputs or loss gradient are not finite, or so
+    large that their squares overflow (1e19 in float32), takes no part in the update; it
+    is drawn anew with the mean and the covariance of the others, and counted in the
+    state's `replaced`. With fewer than two left, or if the weights of the combinations
+    overflow, the update does nothing, which is counted in `skipped`.
 
     Args:
       step_size: :math:`\eta`, >= 0. A member moves by at most :math:`\eta (\sum_k
