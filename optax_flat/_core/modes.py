@@ -305,7 +305,8 @@ def transparent(
         inner, _, finite = progress
 
         def move(memory, inner, finite, first_point, params):
-            target = trees.where(finite, inner.point, params)
+            here = trees.cast_like(params, inner.point)
+            target = trees.where(finite, inner.point, here)
             return _difference(target, params), memory, jnp.zeros([], jnp.int32)
 
         def outer_update(memory, inner, finite, first_point, params):
@@ -487,4 +488,6 @@ def _anchor(memory, first_point):
 
 def _difference(target, params):
     """What to add to params to stand on the target, in the params' dtype."""
-    return jax.tree.map(lambda t, p: (t - p).astype(p.dtype), target, params)
+    return jax.tree.map(
+        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
+    )

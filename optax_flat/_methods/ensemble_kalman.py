@@ -458,7 +458,7 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
         z = ensembles.flat(outputs, leading=1)
         noise = _output_noise(members, key, outputs, at(output_noise, count))
         root = _root(noise_covariance, z)
-        misfit = _whitened(root, ensembles.flat(target) - z)
+        misfit = _whitened(root, ensembles.flat(target)[None] - z)
         healthy = _usable(_whitened(root, z)) & _usable(misfit)
         centred, alive = _centred(members, z, healthy)
         everyone = members.all(centred)
@@ -475,7 +475,7 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
         misfit = eta * misfit + jnp.sqrt(eta) * ensembles.flat(noise, leading=1)
         misfit = jnp.where(healthy[:, None], misfit, 0.0)
         gain = s / (1.0 + eta * s**2) / jnp.sqrt(alive)
-        return (misfit @ right.T * gain) @ left.T, healthy
+        return (misfit @ right.T * gain[None]) @ left.T, healthy
 
     return weigh
 
@@ -491,7 +491,7 @@ def _root(covariance, z):
 def _whitened(root, rows):
     """Rows of outputs, in units of the noise."""
     if root.ndim == 1:
-        return rows / root
+        return rows / root[None]
     return jax.scipy.linalg.solve_triangular(root, rows.T, lower=True).T
 
 
@@ -507,12 +507,12 @@ def _move(members, key, start, before, *, weights, healthy):
         v, e = start
         mean = members.sum(step) / members.size
         moved = optax.tree.add(v, members.weighted_sum(mean, e))
-        new = (moved, members.combine(step - mean, e))
+        new = (moved, members.combine(step - mean[None], e))
         return trees.cast_like(new, before)
 
     def move_some(step, start):
         # Failed members are drawn anew, with mean and covariance of the others.
-        share = everyone_healthy / alive
+        share = everyone_healthy.astype(step.dtype) / alive
         others = jnp.where(everyone_healthy[:, None], members.all(step), 0.0)
         center = share @ others
 
@@ -553,7 +553,7 @@ def _centred(members, z, healthy):
     """Outputs minus the mean of the healthy members, 0 for others; their number."""
     alive = jnp.maximum(members.sum(healthy.astype(z.dtype)), 1.0)
     z = jnp.where(healthy[:, None], z, 0.0)
-    return jnp.where(healthy[:, None], z - members.sum(z) / alive, 0.0), alive
+    return jnp.where(healthy[:, None], z - members.sum(z)[None] / alive, 0.0), alive
 
 
 def _output_noise(members, key, outputs, scale):
