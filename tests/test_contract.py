@@ -14,6 +14,7 @@ from problem import (
     assert_equal,
     batches,
     in_parts,
+    jitted_update,
     largest_difference,
     loss,
     ragged_params,
@@ -87,6 +88,44 @@ def test_jit_equals_eager(method, mode):
     with jax.disable_jit():
         eager, _ = update(tx, mode, ragged_params(), tx.init(ragged_params()), stack[0])
     assert_close(jitted.params, eager)
+
+
+@every_case
+@pytest.mark.parametrize("x64", [False, True])
+def test_strict_tracing(method, mode, x64):
+    """No implicit promotion of ranks or dtypes and no leaks, in both precisions."""
+    with (
+        jax.enable_x64(x64),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.checking_leaks(),
+    ):
+        tx = method.factory(**method.arguments | method.loop(mode) | method.noisy)
+        dtype = jnp.float64 if x64 else jnp.bfloat16
+        params, data = ragged_params(dtype), batches(1, method.length, dtype)
+        state = jax.eval_shape(tx.init, params)
+        step = functools.partial(update, tx, mode, loss=_strict_loss)
+        after = jax.eval_shape(step, params, state, data[0])
+        assert jax.tree.map(lambda x: x.dtype, after[0]) == jax.tree.map(
+            lambda x: x.dtype, params
+        )
+
+
+def _strict_loss(params, batch):
+    layer = params["layer"]
+    return jnp.mean(batch @ layer["w"]) * jnp.mean(layer["b"]) * params["scale"]
+
+
+@every_case
+def test_no_transfer_and_no_nan_inside(method, mode):
+    """A compiled update moves nothing between host and device, and makes no NaN."""
+    tx = method.make(mode=mode, **method.noisy)
+    params, data = ragged_params(), batches(1, method.length)
+    train(tx, mode, params, data)  # compiles what tests share
+    state, stack = tx.init(params), data[0]
+    with jax.debug_nans(True), jax.transfer_guard("disallow"):
+        params, _, _ = jitted_update(tx, mode, loss)(params, state, stack)
+    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @every_case
@@ -197,6 +236,38 @@ def test_inject_hyperparams(method, mode):
 
 
 @pytest.mark.parametrize(
+    ("name", "extra"),
+    [("adagrad", {"initial_accumulator_value"}), ("adadelta", {"initial_update"}),
+     ("sgld", {"key"}), ("sghmc", {"key"})],
+)  # fmt: skip
+def test_inject_hyperparams_without_static_args(name, extra):
+    """Starts of accumulators and int keys may be traced, as in Optax's own methods."""
+    method = next(m for m in METHODS if m.name == name)
+    arguments = method.arguments | method.noisy
+    injected = optax.inject_hyperparams(method.factory)(**arguments)
+    data = batches(2, method.length)
+    run = train(injected, "plain", ragged_params(), data)
+    assert set(run.state.hyperparams) == set(method.floats) | extra
+    plain = train(method.make(**method.noisy), "plain", ragged_params(), data)
+    assert_close(run.params, plain.params)
+
+
+def test_injected_zeros_are_on_unless_static():
+    """0 switches a buffer off only where it is known when the program is built."""
+    factory = optax_flat.entropy_sgd
+    params = jnp.zeros(1000)
+
+    def state_bytes(static_args):
+        make = optax.inject_hyperparams(factory, static_args=static_args)
+        state = make(1.0, num_steps=5, noise=0.0, key=0).init(params)
+        return sum(x.nbytes for x in jax.tree.leaves(state.inner_state.memory))
+
+    assert state_bytes(factory.static_args) > params.nbytes
+    off = (*factory.static_args, "momentum", "noise")
+    assert state_bytes(off) < 100
+
+
+@pytest.mark.parametrize(
     ("method", "mode"), [case for case in CASES if case.values[0].keeps_floats]
 )
 def test_hyperparameters_stay_float32(method, mode):
@@ -227,8 +298,8 @@ def test_dtypes(method, mode, dtype):
             return tx.update(None, state, params, **in_parts(loss, stack[0]))
         grad = jax.grad(loss)
         grads = grad(params, stack[0])
-        given = {"grad_fn": grad, "batches": stack[1:], "value": jnp.ones([])}
-        return tx.update(grads, state, params, **given)
+        given = {"grad_fn": grad, "batches": stack[1:]} if mode == "scanned" else {}
+        return tx.update(grads, state, params, value=jnp.ones([]), **given)
 
     updates, state = jax.eval_shape(one_update, params, jax.eval_shape(tx.init, params))
     assert {x.dtype for x in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
@@ -450,8 +521,10 @@ def test_wraps_in_apply_if_finite(method, mode):
 
     @jax.jit
     def give(grads, state, params):
-        given = {"grad_fn": jax.grad(loss), "batches": data[1, 1:], "value": 1.0}
-        return tx.update(grads, state, params, **given)
+        given = {}
+        if mode == "scanned":
+            given = {"grad_fn": jax.grad(loss), "batches": data[1, 1:]}
+        return tx.update(grads, state, params, value=1.0, **given)
 
     updates, after = give(bad, state, params)
     assert_equal(optax.apply_updates(params, updates), params)
@@ -695,3 +768,33 @@ def test_errors_say_what_to_do(method):
         arguments = {k: v for k, v in method.arguments.items() if k != "key"}
         with pytest.raises(TypeError, match="key"):
             method.factory(**arguments)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("params", "error", "words"),
+    [
+        (None, ValueError, "`params` must be passed"),
+        (
+            {"a": jnp.ones(2, jnp.float8_e5m2)},
+            TypeError,
+            "at least 16 bits, .* at .'a'",
+        ),
+        ({"a": jnp.arange(2)}, TypeError, "floating-point arrays only"),
+        ({"a": jnp.ones(2, complex)}, TypeError, "floating-point arrays only"),
+        ({"a": 1.0}, TypeError, "floating-point arrays only"),
+    ],
+    ids=["None", "float8", "int", "complex", "float"],
+)
+def test_params_of_other_kinds_are_refused(method, params, error, words):
+    with pytest.raises(error, match=words):
+        method.make(mode=method.modes[0]).init(params)
+
+
+@transparent_case
+@pytest.mark.parametrize("name", ["grad_fn", "batches"])
+def test_transparent_refuses_a_walks_arguments(method, mode, name):
+    tx = method.make(mode=mode)
+    params = ragged_params()
+    with pytest.raises(ValueError, match=f"`{name}` was passed .* one gradient per"):
+        tx.update(params, tx.init(params), params, **{name: jax.grad(loss)})

@@ -443,6 +443,87 @@ def test_failed_members_do_no_harm():
     assert float(misfit(linear(x))) < 0.5 * float(misfit(linear(jnp.zeros(4))))
 
 
+@pytest.mark.parametrize("form", ["explicit", "implicit"])
+def test_huge_outputs_do_no_harm(form):
+    """One member's outputs, finite and huge: the others go on, or it is counted."""
+    huge = [1e16, 1e18, 1e20, 3e38]
+    if form == "explicit":
+        arguments, functions = {"eps": 0.5}, {"loss_fn": misfit}
+    else:
+        arguments, functions = {"noise_covariance": 1.0}, {"target": jnp.asarray(Y)}
+    tx = optax_flat.ensemble_kalman(
+        0.1, ensemble_size=8, spread=1.0, key=0, **arguments
+    )
+    start = jnp.zeros(4)
+    highest = np.sort(tx.init(start).deviations[:, 0])
+    bad_above = (highest[-1] + highest[-2]) / 2
+
+    @jax.jit
+    def train(size):
+        def output_fn(x):
+            return jnp.where(x[0] > bad_above, size, linear(x))
+
+        def body(carry, _):
+            x, state = carry
+            updates, state = tx.update(None, state, x, output_fn=output_fn, **functions)
+            return (optax.apply_updates(x, updates), state), state.replaced
+
+        (x, state), replaced = jax.lax.scan(body, (start, tx.init(start)), length=50)
+        return misfit(linear(x)), state, replaced[0]
+
+    for size in huge:
+        loss, state, replaced = train(size)
+        assert float(loss) < 0.3 * float(misfit(linear(start)))
+        assert jnp.abs(state.deviations).max() < 3.0
+        assert int(replaced) == (size > 1e19)  # whose square is beyond float32
+        assert int(state.skipped) == 0
+
+
+def test_skipped_updates_are_counted():
+    tx = optax_flat.ensemble_kalman(1.0, ensemble_size=4, spread=1.0, key=0)
+    x = jnp.ones(4)
+    functions = {"output_fn": lambda x: 1e20 * x, "loss_fn": lambda z: jnp.sum(z**2)}
+    after, state = run(tx, x, 3, **functions)
+    assert_equal(after, x)
+    assert int(state.skipped) == 3
+    assert int(state.count) == 3
+
+
+@pytest.mark.parametrize("outputs", ["vector", "matrix", "several"])
+@pytest.mark.parametrize("form", ["explicit", "implicit"])
+def test_sharded_outputs_on_explicit_mesh(form, outputs):
+    """Examples spread over eight devices by type: as on one device."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    inputs = RNG.normal(size=(16, 4)).astype(np.float32)
+    arguments = {"noise_covariance": 1.0} if form == "implicit" else {"eps": 0.1}
+    tx = optax_flat.ensemble_kalman(
+        0.5, ensemble_size=5, spread=0.5, output_noise=0.1, key=0, **arguments
+    )
+
+    def shaped(z):
+        return {"vector": z, "matrix": z[:, None], "several": (z, z.sum())}[outputs]
+
+    def update(x, inputs):
+        target = inputs[:, 0]
+        functions = {
+            "output_fn": lambda x: shaped(jnp.tanh(inputs @ x)),
+            "loss_fn": lambda z: jnp.mean((jax.tree.leaves(z)[0].T - target) ** 2),
+            "target": shaped(target),
+        }
+        if form == "implicit":
+            del functions["loss_fn"]
+        else:
+            del functions["target"]
+        return tx.update(None, tx.init(x), x, **functions)[0]
+
+    alone = jax.jit(update)(jnp.ones(4), inputs)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(inputs, jax.P("data"))
+        together = jax.jit(update)(jnp.ones(4), sharded)
+    assert_close(jax.device_get(together), alone, factor=10)
+    assert float(jnp.abs(alone).max()) > 1e-3
+
+
 def test_all_members_fail():
     """Then nothing happens, and it is counted."""
     tx = optax_flat.ensemble_kalman(1.0, ensemble_size=4, spread=1.0, key=0)
@@ -454,6 +535,7 @@ def test_all_members_fail():
     assert_equal(updates, jnp.zeros(4))
     assert_equal(after.deviations, state.deviations)
     assert int(after.replaced) == 4
+    assert int(after.skipped) == 1
     gradient = optax_flat.perturbation_gradient(
         optax.adam(1.0), ensemble_size=4, spread=1.0, key=0
     )
@@ -650,6 +732,9 @@ def test_other_errors():
     )
     with pytest.raises(ValueError, match="`target` must be passed to `update`"):
         implicit.update(None, implicit.init(x), x, output_fn=linear)
+    explicit = optax_flat.ensemble_kalman(ensemble_size=4, spread=0.1, key=0)
+    with pytest.raises(ValueError, match="Give ensemble_kalman its `noise_covariance`"):
+        explicit.update(None, explicit.init(x), x, output_fn=linear, target=Y)
     with pytest.raises(ValueError, match="begins like that of the params"):
         optax_flat.ensemble_kalman(ensemble_size=4, spread={"a": 1.0}, key=0).init(
             {"b": x}

@@ -68,6 +68,16 @@ def number(
     return value
 
 
+def start_value(name: str, value: Any, low: float = -math.inf) -> Any:
+    """What an accumulator starts at: a float of at least `low`, no schedule."""
+    if callable(value):
+        raise TypeError(
+            f"`{name}` is read once, at `init`, so it cannot be a schedule, got "
+            f"{value!r}. Give a float >= {low:g}."
+        )
+    return number(name, value, low)
+
+
 def constant(
     name: str,
     value: Any,
@@ -110,7 +120,7 @@ def _lies_in(
     value: float, low: float, high: float, open_low: bool, open_high: bool
 ) -> bool:
     excluded = (open_low and value == low) or (open_high and value == high)
-    return low <= value <= high and not excluded
+    return low <= value <= high and math.isfinite(value) and not excluded
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
@@ -120,6 +130,11 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> Any:
             f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}."
         )
     return value
+
+
+def unrolling(value: Any) -> int | bool:
+    """How `jax.lax.scan` is unrolled: a bool, or a static integer of at least 1."""
+    return value if isinstance(value, bool) else integer("unroll", value, 1)
 
 
 def chunk(name: str, value: Any, size: int) -> int:
@@ -144,6 +159,8 @@ def key(value: Any) -> jax.Array:
             return jnp.asarray(value)
         if value.dtype == jnp.uint32 and value.ndim == 1:
             return jax.random.wrap_key_data(jnp.asarray(value))
+        if jnp.issubdtype(value.dtype, jnp.integer) and value.ndim == 0:
+            return jax.random.key(jnp.asarray(value))
     raise ValueError(
         "`key` must be one typed key (jax.random.key(0)), one raw key "
         f"(jax.random.PRNGKey(0)) or an int seed, got {value!r}. Several keys are for "
@@ -188,6 +205,13 @@ def float_params(params: Any) -> None:
                 f"dtype {dtype} at {jax.tree_util.keystr(path) or 'the root'}. Filter "
                 "other leaves out and let the loss close over them, or in an optimizer "
                 "use optax_flat.masked."
+            )
+        if jnp.finfo(dtype).bits < 16:
+            raise TypeError(
+                "`params` must have at least 16 bits, as a smaller step than their "
+                f"spacing would be lost, got {dtype} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}. Keep them in bfloat16 or "
+                "float32, and let the loss cast them to 8 bits."
             )
 
 

@@ -66,8 +66,11 @@ def in_dtype_of(
 
 
 def flat(outputs: Any, leading: int = 0) -> jax.Array:
-    """All outputs in one array of at least float32, after the leading axes."""
-    leaves = jax.tree.leaves(trees.accumulator(outputs))
+    """All outputs in one array of at least float32, after the leading axes.
+
+    Where types carry shardings (on an Explicit mesh) it is the same on all devices.
+    """
+    leaves = jax.tree.leaves(trees.replicated(trees.accumulator(trees.arrays(outputs))))
     shape = leaves[0].shape[:leading]
     size = [math.prod(leaf.shape[leading:]) for leaf in leaves]
     parts = [leaf.reshape(*shape, n) for leaf, n in zip(leaves, size, strict=True)]

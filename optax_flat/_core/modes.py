@@ -168,6 +168,7 @@ def scanned(
       See `optax_flat.Walk`.
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
+    unroll = checks.unrolling(unroll)
 
     def init(params):
         checks.float_params(params)
@@ -255,8 +256,9 @@ def transparent(
 
     Raises:
       TypeError: an argument of the wrong type, or params that are not floating point.
-      ValueError: `walk.length` below 1; or, when `update` is traced, no params or
-        gradients of another structure.
+      ValueError: `walk.length` below 1; or, when `update` is traced, no params,
+        gradients of another structure, or a `grad_fn` or `batches`, which only scanned
+        mode takes.
 
     Example:
       The same walk in both modes ends at the same params:
@@ -294,8 +296,11 @@ def transparent(
         params = trees.concrete(params)
         return trees.copy(fresh(params), params)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(
+        updates, state, params=None, *, grad_fn=None, batches=None, **extra_args
+    ):
         del extra_args
+        _check_no_walk(grad_fn=grad_fn, batches=batches)
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         layout.check(fresh, state, params)
@@ -309,7 +314,8 @@ def transparent(
         inner, _, finite = progress
 
         def move(memory, inner, finite, first_point, params):
-            target = trees.where(finite, inner.point, params)
+            here = trees.cast_like(params, inner.point)
+            target = trees.where(finite, inner.point, here)
             return _difference(target, params), memory, jnp.zeros([], jnp.int32)
 
         def outer_update(memory, inner, finite, first_point, params):
@@ -512,6 +518,17 @@ def _with_number(grad_fn, point, number, *aux):
         ) from error
 
 
+def _check_no_walk(**arguments):
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"`{name}` was passed to `update` in transparent mode, which takes one "
+                "gradient per call and asks for no other. Leave it out and call "
+                "`update` once per gradient, or build the optimizer with "
+                'mode="scanned".'
+            )
+
+
 def _check_placeholders(params, function):
     """`optax.masked` hides leaves that the user's function needs; ours merges them."""
     if states(params, optax.MaskedNode) and not hasattr(function, "merges_frozen"):
@@ -531,4 +548,6 @@ def _anchor(memory, first_point):
 
 def _difference(target, params):
     """What to add to params to stand on the target, in the params' dtype."""
-    return jax.tree.map(lambda t, p: (t - p).astype(p.dtype), target, params)
+    return jax.tree.map(
+        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
+    )

@@ -19,7 +19,8 @@ def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
     """Params in the dtype of anchors and means: `dtype`, or at least float32."""
 
     def cast(leaf):
-        return leaf.astype(dtype or jnp.promote_types(leaf.dtype, jnp.float32))
+        wide = jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype.itemsize >= 4
+        return leaf.astype(dtype or (leaf.dtype if wide else jnp.float32))
 
     return jax.tree.map(cast, params)
 
@@ -110,6 +111,20 @@ def sharded_like(tree: Any, like: Any) -> Any:
         return leaf * ones.astype(leaf.dtype)
 
     return jax.tree.map(sharded, tree, like)
+
+
+def replicated(tree: Any) -> Any:
+    """Every leaf whole on all devices, where its type says that it is not.
+
+    Only the types on an Explicit mesh do; elsewhere the compiler decides.
+    """
+
+    def gather(leaf):
+        if not any(jax.typeof(leaf).sharding.spec):
+            return leaf
+        return jax.sharding.reshard(leaf, jax.P())
+
+    return jax.tree.map(gather, tree)
 
 
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:

@@ -100,7 +100,7 @@ def adagrad(
     """
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("eps", eps, 0.0)
-    initial = checks.constant(
+    initial = checks.start_value(
         "initial_accumulator_value", initial_accumulator_value, 0.0
     )
     checks.number("power", power, 0.0)
@@ -190,7 +190,7 @@ def adadelta(
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("decay", decay, 0.0, 1.0, open_high=True)
     checks.number("eps", eps, 0.0, open_low=True)
-    initial_update = checks.constant("initial_update", initial_update, 0.0)
+    initial_update = checks.start_value("initial_update", initial_update, 0.0)
 
     def init(params):
         checks.float_params(params)

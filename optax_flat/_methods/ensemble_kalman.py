@@ -24,7 +24,6 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -44,7 +43,8 @@ class EnsembleKalmanState(NamedTuple):
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far
-    replaced: jax.Array  # int32, [], members that gave NaN or infinity so far
+    replaced: jax.Array  # int32, [], members that failed so far
+    skipped: jax.Array  # int32, [], updates that did nothing so far
     deviations: optax.Params  # every leaf [J, ...], of mean 0, at least float32
     # Where params and deviations were one update before; None without momentum.
     previous: Any
@@ -82,7 +82,7 @@ class _Members(NamedTuple):
     def center(self, tree):
         """The mean over all members, and what is left without it."""
         mean = jax.tree.map(lambda x: x / self.size, self.sum(tree))
-        return mean, jax.tree.map(lambda x, m: x - m, tree, mean)
+        return mean, jax.tree.map(lambda x, m: x - m[None], tree, mean)
 
     def weighted_sum(self, weights, tree):
         """sum_k weights[k] member k, for weights [all members]."""
@@ -178,10 +178,11 @@ def ensemble_kalman(
     with covariances over the members (divided by J). It solves inverse problems in few
     updates.
 
-    *Members that fail.* A member whose outputs or loss gradient are not finite takes no
-    part in the update; it is drawn anew with the mean and the covariance of the others,
-    and counted in the state's `replaced`. With fewer than two left, or if the weights
-    of the combinations overflow, the update does nothing.
+    *Members that fail.* A member whose outputs or loss gradient are not finite, or so
+    large that their squares overflow (1e19 in float32), takes no part in the update; it
+    is drawn anew with the mean and the covariance of the others, and counted in the
+    state's `replaced`. With fewer than two left, or if the weights of the combinations
+    overflow, the update does nothing, which is counted in `skipped`.
 
     Args:
       step_size: :math:`\eta`, >= 0. A member moves by at most :math:`\eta (\sum_k
@@ -266,6 +267,12 @@ def ensemble_kalman(
     def weights_of(loss_fn, target):
         if noise_covariance is not None:
             return _kalman(target, noise_covariance=noise_covariance, **numbers)
+        if loss_fn is None and target is not None:
+            raise ValueError(
+                "`target` was passed to `update`, but only the implicit form takes it. "
+                "Give ensemble_kalman its `noise_covariance`, or pass `loss_fn`, the "
+                "loss of the outputs, in the place of `target`."
+            )
         return _descent(loss_fn, eps=eps, output_axis_name=output_axis_name, **numbers)
 
     return _transformation(
@@ -287,7 +294,7 @@ def _transformation(
     shards: Any = jax.P(members.axis)
     everywhere: Any = jax.P()
     specs: Any = EnsembleKalmanState(
-        everywhere, everywhere, everywhere, everywhere, shards,
+        everywhere, everywhere, everywhere, everywhere, everywhere, shards,
         (everywhere, shards) if extrapolates else None,
     )  # fmt: skip
 
@@ -298,7 +305,8 @@ def _transformation(
         e = first(jax.random.fold_in(key, _FIRST), x)
         zero = jnp.zeros([], jnp.int32)
         previous = (x, e) if extrapolates else None
-        state = EnsembleKalmanState(zero, keys.data(key), zero, zero, e, previous)
+        data = keys.data(key)
+        state = EnsembleKalmanState(zero, data, zero, zero, zero, e, previous)
         return trees.copy(state, x)
 
     def update(
@@ -329,10 +337,11 @@ def _transformation(
                 start = trees.cast_like(start, before)
             v, e = start
             outputs = _evaluate(
-                lambda deviation: evaluated(optax.tree.add(v, deviation)), e, batch_size
-            )
+                lambda deviation: evaluated(optax.tree.add(v, deviation)),
+                e, members.size // members.shards, batch_size,
+            )  # fmt: skip
             weights, healthy = weigh(members, update_key, state.count, outputs)
-            after, failed = _move(
+            after, failed, unusable = _move(
                 members, update_key, start, before, weights=weights, healthy=healthy
             )
             if resample is not None:
@@ -347,6 +356,7 @@ def _transformation(
                 state.key,
                 trees.saturating_add(state.forward_passes, members.size),
                 trees.saturating_add(state.replaced, failed),
+                trees.saturating_add(state.skipped, unusable.astype(jnp.int32)),
                 e,
                 before if extrapolates else None,
             )
@@ -374,10 +384,10 @@ def _fresh(members, spread, key, x):
     return jax.vmap(lambda one: trees.sharded_like(one, x))(e)
 
 
-def _evaluate(output_fn, deviations, batch_size):
+def _evaluate(output_fn, deviations, size, batch_size):
     """Outputs of the members that are here, some at a time."""
-    if batch_size == jax.tree.leaves(deviations)[0].shape[0]:
-        return jax.vmap(output_fn)(deviations)
+    if batch_size == size:
+        return jax.vmap(output_fn, axis_size=size)(deviations)
     return jax.lax.map(output_fn, deviations, batch_size=batch_size)
 
 
@@ -412,19 +422,16 @@ def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
     ensembles.check_functions((), loss_fn=loss_fn)
 
     def weigh(members, key, count, outputs):
-        z, healthy = _flat_outputs(outputs)
+        z = ensembles.flat(outputs, leading=1)
         noise_key = key
         if output_axis_name is not None:  # other examples, other noise
             place = jax.lax.axis_index(output_axis_name)
             noise_key = jax.random.fold_in(key, place)
-        noise = _output_noise(members, noise_key, z, at(output_noise, count))
-
-        def slope(outputs, noise):
-            flat, back = jax.flatten_util.ravel_pytree(outputs)
-            return jax.grad(lambda z: loss_fn(back(z)))(flat + noise)
-
-        slopes = jax.vmap(slope)(trees.accumulator(outputs), noise)
-        healthy &= _finite(slopes)
+        scale = at(output_noise, count)
+        noise = _output_noise(members, noise_key, outputs, scale)
+        observed = optax.tree.add(trees.accumulator(outputs), noise)
+        slopes = ensembles.flat(jax.vmap(jax.grad(loss_fn))(observed), leading=1)
+        healthy = _usable(z) & _usable(slopes)
         if output_axis_name is not None:
             healthy = jax.lax.pmin(healthy.astype(jnp.int32), output_axis_name) > 0
         centred, alive = _centred(members, z, healthy)
@@ -452,23 +459,27 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
         )
 
     def weigh(members, key, count, outputs):
-        z, healthy = _flat_outputs(outputs)
-        noise = _output_noise(members, key, z, at(output_noise, count))
+        z = ensembles.flat(outputs, leading=1)
+        noise = _output_noise(members, key, outputs, at(output_noise, count))
+        root = _root(noise_covariance, z)
+        misfit = _whitened(root, ensembles.flat(target)[None] - z)
+        healthy = _usable(_whitened(root, z)) & _usable(misfit)
         centred, alive = _centred(members, z, healthy)
         everyone = members.all(centred)
         # In whitened outputs the noise has the covariance 1, and with the singular
         # values s of C_uz the gain is s / (1 + step_size s^2): small noise loses no
         # digits, and a step of 0 is no division by 0.
-        root = _root(noise_covariance, z)
         left, s, right = jnp.linalg.svd(
             _whitened(root, everyone) / jnp.sqrt(alive), full_matrices=False
         )
+        # What is below the rounding of the largest has directions of no meaning.
+        rounding = max(everyone.shape) * jnp.finfo(s.dtype).eps
+        s = jnp.where(s > rounding * s[0], s, 0.0)
         eta = at(step_size, count)
-        misfit = eta * _whitened(root, ensembles.flat(target) - z)
-        misfit += jnp.sqrt(eta) * noise
+        misfit = eta * misfit + jnp.sqrt(eta) * ensembles.flat(noise, leading=1)
         misfit = jnp.where(healthy[:, None], misfit, 0.0)
         gain = s / (1.0 + eta * s**2) / jnp.sqrt(alive)
-        return (misfit @ right.T * gain) @ left.T, healthy
+        return (misfit @ right.T * gain[None]) @ left.T, healthy
 
     return weigh
 
@@ -484,7 +495,7 @@ def _root(covariance, z):
 def _whitened(root, rows):
     """Rows of outputs, in units of the noise."""
     if root.ndim == 1:
-        return rows / root
+        return rows / root[None]
     return jax.scipy.linalg.solve_triangular(root, rows.T, lower=True).T
 
 
@@ -500,12 +511,12 @@ def _move(members, key, start, before, *, weights, healthy):
         v, e = start
         mean = members.sum(step) / members.size
         moved = optax.tree.add(v, members.weighted_sum(mean, e))
-        new = (moved, members.combine(step - mean, e))
+        new = (moved, members.combine(step - mean[None], e))
         return trees.cast_like(new, before)
 
     def move_some(step, start):
         # Failed members are drawn anew, with mean and covariance of the others.
-        share = everyone_healthy / alive
+        share = everyone_healthy.astype(step.dtype) / alive
         others = jnp.where(everyone_healthy[:, None], members.all(step), 0.0)
         center = share @ others
 
@@ -529,7 +540,7 @@ def _move(members, key, start, before, *, weights, healthy):
     # Branches, not selections: a pass over all members costs as much as a product.
     case = jnp.where(unusable, 2, jnp.where(failed > 0, 1, 0))
     branches = [move, move_some, lambda step, start: before]
-    return jax.lax.switch(case, branches, step, start), failed
+    return jax.lax.switch(case, branches, step, start), failed, unusable
 
 
 def _finite(rows):
@@ -537,28 +548,30 @@ def _finite(rows):
     return jnp.all(jnp.isfinite(rows), axis=1)
 
 
-def _flat_outputs(outputs):
-    """Outputs [members here, M], and which members are healthy."""
-    z = ensembles.flat(outputs, leading=1)
-    return z, _finite(z)
+def _usable(rows):
+    """Which rows are finite, and so are products of them and of their differences."""
+    return jnp.isfinite(4.0 * jnp.sum(rows**2, axis=1))
 
 
 def _centred(members, z, healthy):
     """Outputs minus the mean of the healthy members, 0 for others; their number."""
     alive = jnp.maximum(members.sum(healthy.astype(z.dtype)), 1.0)
     z = jnp.where(healthy[:, None], z, 0.0)
-    return jnp.where(healthy[:, None], z - members.sum(z) / alive, 0.0), alive
+    return jnp.where(healthy[:, None], z - members.sum(z)[None] / alive, 0.0), alive
 
 
-def _output_noise(members, key, z, scale):
-    noise_key = jax.random.fold_in(key, _NOISE)
+def _output_noise(members, key, outputs, scale):
+    """Normal noise like the outputs, in the accumulators' dtype."""
+    like = trees.accumulator(outputs)
     if isinstance(scale, int | float) and scale == 0:
-        return jnp.zeros_like(z)
+        return optax.tree.zeros_like(like)
+    noise_key = jax.random.fold_in(key, _NOISE)
 
     def one(index, row):
         return draw(jax.random.fold_in(noise_key, index), row, "normal")
 
-    return scale * jax.vmap(one)(members.indices(), z)
+    noise = jax.vmap(one)(members.indices(), like)
+    return jax.tree.map(lambda z: scale * z, noise)
 
 
 def _members(size, sharding):

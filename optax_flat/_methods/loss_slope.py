@@ -121,7 +121,7 @@ def scale_by_loss_slope(
     forgotten = min(400 + patience // 10, patience)
 
     def init(params):
-        del params
+        checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
         losses = jnp.zeros(patience, float)
         scale = jnp.ones([], float)
@@ -156,7 +156,10 @@ def scale_by_loss_slope(
             state.scale * at(factor, state.count), at(min_scale, state.count)
         )
         scale = jnp.where(stopped, lowered, state.scale).astype(state.scale.dtype)
-        scaled = jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates)
+        scaled = jax.tree.map(
+            lambda u: u * scale.astype(u.dtype), trees.accumulator(updates)
+        )
+        scaled = trees.cast_like(scaled, updates)
         return scaled, LossSlopeState(
             jnp.asarray(optax.safe_increment(state.count)),
             scale,

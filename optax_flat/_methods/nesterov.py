@@ -179,10 +179,11 @@ def multipoint_nesterov(
         theta = optax.tree.sub(inner.anchor, v)
         ahead = nodes[0] * at(momentum, count)
         # From where the params are after rounding, so that theta loses nothing by it.
-        updates = jax.tree.map(lambda x, v, p: x - ahead * v - p, theta, v, params)
+        here = trees.cast_like(params, theta)
+        updates = jax.tree.map(lambda x, v, p: x - ahead * v - p, theta, v, here)
         updates = trees.rounded_like(updates, params)
-        params = trees.rounded_like(optax.tree.add(params, updates), params)
-        offset = optax.tree.sub(theta, params)
+        there = trees.rounded_like(optax.tree.add(here, updates), params)
+        offset = optax.tree.sub(theta, there)
         return updates, MultipointNesterovState(count, v, offset)
 
     return modes.build(

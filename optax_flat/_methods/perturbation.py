@@ -231,7 +231,8 @@ def perturbation_gradient(
         members = jnp.arange(ensemble_size).reshape(-1, batch_size)
         start = (optax.tree.zeros_like(x), jnp.zeros([], jnp.int32))
         (total, healthy), _ = jax.lax.scan(chunk, start, members)
-        g = jax.tree.map(lambda t, s: t / (s * jnp.maximum(healthy, 1)), total, s)
+        count = jnp.maximum(healthy, 1)
+        g = jax.tree.map(lambda t, s: t / (s * count.astype(t.dtype)), total, s)
         g = trees.cast_like(g, x)
 
         def move(g, outer_state, x):
