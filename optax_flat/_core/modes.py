@@ -361,9 +361,7 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "`eval_params` takes the optimizer's state first: eval_params(opt_state, "
             "params). The second argument holds an optimizer state: swap the two."
         )
-    for state in states(opt_state, Evaluable):
-        params = state.eval_params(params)
-    return params
+    return _evaluated(opt_state, params)
 
 
 def with_extra_args(tx: Any) -> Any:
@@ -463,10 +461,18 @@ def _check_placeholders(params, function):
 
 
 def _anchor(memory, first_point):
-    offset = getattr(memory, "offset", None)
-    if offset is None:
-        return first_point
-    return trees.map_selected(lambda o, p: (p + o).astype(p.dtype), offset, first_point)
+    anchor, offset = first_point, getattr(memory, "offset", None)
+    if offset is not None:
+        anchor = trees.map_selected(
+            lambda o, p: (p + o).astype(p.dtype), offset, first_point
+        )
+    return _evaluated(memory, anchor)  # the walk's outer optimizer may know better
+
+
+def _evaluated(opt_state, params):
+    for state in states(opt_state, Evaluable):
+        params = state.eval_params(params)
+    return params
 
 
 def _difference(target, params):
