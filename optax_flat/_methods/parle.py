@@ -36,12 +36,16 @@ class ElasticAveragingState(NamedTuple):
     """What lives between updates."""
 
     count: jax.Array  # int32, [], updates made
-    center: optax.Params  # c, the same on all replicas, at least float32
+    # c - x_a, at least float32. The center itself would be the same for all replicas,
+    # and would be kept n times on every device.
+    offset: optax.Params
     outer_state: optax.OptState
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The center, in the params' dtype."""
-        return trees.map_selected(lambda c, p: c.astype(p.dtype), self.center, params)
+        return trees.map_selected(
+            lambda o, p: (p + o).astype(p.dtype), self.offset, params
+        )
 
 
 @static_args("outer", "axis_name", "accumulator_dtype")
@@ -64,8 +68,8 @@ def elastic_averaging(
     with :math:`\kappa` = `coupling` and :math:`\beta` = `center_step`. Each replica
     spends one gradient per update. `init` and `update` are one replica's, and must be
     called where the replica axis has a name: inside ``jax.vmap(..., axis_name=...)``,
-    or inside `jax.shard_map` over a mesh axis of that name. `eval_params` gives the
-    center and needs no such place.
+    or inside `jax.shard_map` over a mesh axis of that name. `eval_params`, under
+    `jax.vmap` like them but without need of the name, gives the center.
 
     As the outer optimizer of a walk it couples replicas of that walk, which then speak
     to each other once per walk: `parle` is
@@ -79,7 +83,7 @@ def elastic_averaging(
         on.
       center_step: how far the center goes to the replicas' mean, in (0, 1]; 1 makes it
         that mean, less remembers former ones.
-      accumulator_dtype: dtype of the center; None is at least float32.
+      accumulator_dtype: dtype of center and `outer`; None is at least float32.
       axis_name: the name of the replica axis, or a tuple of several; None for a single
         replica, which is its own mean.
 
@@ -106,7 +110,7 @@ def elastic_averaging(
       >>> x, state = jax.vmap(step, axis_name="replica")(x, state)
       >>> bool(jnp.allclose(x, 0.8 + 0.4 * jnp.array([-2.0, 0.0, 2.0])))
       True
-      >>> bool(jnp.allclose(optax_flat.eval_params(state, x), 0.8))
+      >>> bool(jnp.allclose(jax.vmap(optax_flat.eval_params)(state, x), 0.8))
       True
 
     References:
@@ -136,25 +140,30 @@ def elastic_averaging(
                 "the first of them only. Give elastic_averaging to the walk instead: "
                 "optax_flat.local_entropy(elastic_averaging(optax.sgd(...), ...), ...)."
             )
-        center = _replica_mean(x, axis_name)
+        offset = optax.tree.sub(_replica_mean(x, axis_name), x)
         count = jnp.zeros([], jnp.int32)
-        return trees.copy(ElasticAveragingState(count, center, outer_state))
+        return trees.copy(ElasticAveragingState(count, offset, outer_state))
 
     def update(updates, state, params=None, **extra_args):
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
-        x, center = trees.accumulator(params, accumulator_dtype), state.center
+        x = trees.accumulator(params, accumulator_dtype)
         spring = at(coupling, state.count)
         pulled = jax.tree.map(
-            lambda g, x, c: g.astype(x.dtype) + spring * (x - c), updates, x, center
+            lambda g, o: g.astype(o.dtype) - spring * o, updates, state.offset
         )
         steps, outer_state = optimizer.update(
             trees.cast_like(pulled, x), state.outer_state, x, **extra_args
         )
-        mean = _replica_mean(optax.tree.add(x, steps), axis_name)
-        center = optax.incremental_update(mean, center, at(center_step, state.count))
+        moved = optax.tree.add(x, steps)
+        center = optax.incremental_update(
+            _replica_mean(moved, axis_name),
+            optax.tree.add(x, state.offset),
+            at(center_step, state.count),
+        )
+        offset = optax.tree.sub(center, moved)
         count = jnp.asarray(optax.safe_increment(state.count))
-        after = ElasticAveragingState(count, center, outer_state)
+        after = ElasticAveragingState(count, offset, outer_state)
         return trees.cast_like(steps, params), trees.cast_like(after, state)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -200,10 +209,10 @@ def parle(
 
     `init` and `update` are one replica's, and must be called where the replica axis has
     a name: inside ``jax.vmap(..., axis_name=...)``, or inside `jax.shard_map` over a
-    mesh axis of that name. Everything else is as with `entropy_sgd`. `eval_params`
-    gives the mean of the replicas, for each of them; batch statistics must be
-    re-estimated there. With `skip_nonfinite` all replicas skip the update in which one
-    of them became non-finite.
+    mesh axis of that name. Everything else is as with `entropy_sgd`.
+    ``jax.vmap(eval_params)`` gives the mean of the replicas, once for each of them;
+    batch statistics must be re-estimated there. With `skip_nonfinite` all replicas skip
+    the update in which one of them became non-finite.
 
     Args:
       learning_rate: step of the outer update, >= 0.
@@ -251,13 +260,14 @@ def parle(
       >>> batches = jax.random.normal(jax.random.key(0), (3, 4, 8, 2)) + 5.0
       >>> for _ in range(40):
       ...     params, opt_state, loss = step(params, opt_state, batches)
-      >>> mean = optax_flat.eval_params(opt_state, params)  # the same for each replica
-      >>> bool(jnp.all(jnp.abs(mean - jnp.mean(params, axis=0)) < 1e-5))
+      >>> means = jax.vmap(optax_flat.eval_params)(opt_state, params)  # three equal
+      >>> bool(jnp.allclose(means, jnp.mean(params, axis=0), atol=1e-5))
       True
 
     References:
-      Chaudhari, Baldassi, Zecchina, Soatto, Talwalkar and Oberman, `Parle: parallelizing
-      stochastic gradient descent <https://arxiv.org/abs/1707.00424>`_, 2017.
+      Chaudhari, Baldassi, Zecchina, Soatto, Talwalkar and Oberman, `Parle:
+      parallelizing stochastic gradient descent <https://arxiv.org/abs/1707.00424>`_,
+      2017.
 
     Differs from the paper:
       The paper divides by its gamma and rho; as in the authors' code, `gamma` and
@@ -324,8 +334,8 @@ def _replica_index(axis_name: Hashable) -> jax.Array:
         return jax.lax.axis_index(axis_name)
     except NameError as error:
         raise ValueError(
-            f"`axis_name` is {axis_name!r}, but no axis has that name here. Call `init` "
-            f"and `update` inside jax.vmap(..., axis_name={axis_name!r}) or inside "
+            f"`axis_name` is {axis_name!r}, but no axis has that name here. Call "
+            f"`init` and `update` inside jax.vmap(..., axis_name={axis_name!r}) or in "
             "jax.shard_map over a mesh axis of that name; or make the optimizer with "
             "axis_name=None for a single replica."
         ) from error
