@@ -316,6 +316,25 @@ def test_one_all_reduce_per_update(layout):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+def test_replicas_of_sharded_params():
+    """Four replicas on two devices each: still one message, and no gathering."""
+    mesh = jax.make_mesh((4, 2), (AXIS, "shard"), axis_types=(AxisType.Auto,) * 2)
+    over = NamedSharding(mesh, PartitionSpec(AXIS, "shard"))
+    tx = parle()
+    step = functools.partial(
+        update, tx, "scanned", loss=lambda x, batch: jnp.mean(jnp.cosh(x - 0.5) + batch)
+    )
+    step = jax.jit(jax.vmap(step, axis_name=AXIS))
+    params = jax.device_put(jnp.linspace(-1.0, 1.0, 64).reshape(4, 16), over)
+    arguments = params, jax.vmap(tx.init, axis_name=AXIS)(params), jnp.zeros((4, 4))
+    compiled = step.lower(*arguments).compile()
+    assert collectives(compiled) == [("all-reduce", True)]
+    for leaf in jax.tree.leaves(compiled(*arguments)):
+        if leaf.shape == params.shape:
+            assert leaf.sharding.is_equivalent_to(over, leaf.ndim)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
 def test_transparent_replicas_speak_once_per_walk():
     """The message is in the branch that makes the outer update."""
     mesh = jax.make_mesh((8,), (AXIS,), axis_types=(AxisType.Auto,))
@@ -336,14 +355,36 @@ def test_transparent_replicas_speak_once_per_walk():
     assert_close(jax.device_get(params), jax.device_get(together(*one_device)[0]))
 
 
+def test_two_named_axes_are_one_of_their_product():
+    def run(names, x):
+        tx = optax_flat.elastic_averaging(optax.sgd(0.1), coupling=4.0, axis_name=names)
+
+        def step(x):
+            updates, _ = tx.update(jnp.sin(x), tx.init(x), x)
+            return x + updates
+
+        for name in names:
+            step = jax.vmap(step, axis_name=name)
+        return step(x)
+
+    x = jnp.linspace(-1.0, 2.0, 6)
+    np.testing.assert_allclose(
+        run(("a", "b"), x.reshape(2, 3)).ravel(), run(("a",), x), rtol=1e-6
+    )
+
+
 def test_axis_without_that_name():
-    tx, params = parle(axis_name="copy"), ragged_params()
+    def make(axis_name):
+        return optax_flat.elastic_averaging(
+            optax.sgd(0.1), coupling=1.0, axis_name=axis_name
+        )
+
+    params = jnp.ones(3)
     words = "`axis_name` is 'copy', but no axis has that name here. Call `init`"
     with pytest.raises(ValueError, match=words):
-        tx.init(params)
-    state = parle(axis_name=None).init(params)
+        make("copy").init(params)
     with pytest.raises(ValueError, match=words):
-        update(tx, "scanned", params, state, data_of()[0, 0])
+        make("copy").update(params, make(None).init(params), params)
 
 
 def test_refuses_a_walk_as_outer_optimizer():

@@ -325,7 +325,7 @@ def parle(
 def _replica_mean(tree: Any, axis_name: Hashable | None) -> Any:
     if axis_name is None:
         return tree
-    _replica_index(axis_name)
+    _replica_index(axis_name)  # raises where the name is unknown
     return jax.lax.pmean(tree, axis_name)
 
 
