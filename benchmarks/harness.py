@@ -11,7 +11,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ Row = dict[str, Any]
 # Minibatch gradients; forward passes beside those of the gradients; time without
 # compilation and evaluation.
 COSTS = ("gradient_evaluations", "forward_passes", "seconds")
+
+SELECTION_SEED = 1000  # none of those that are reported
 
 # Okabe and Ito's colours, told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -208,6 +210,63 @@ def bars(rows: Iterable[Row], measure: str, label: str, path: Path) -> None:
     plt.close(figure)
 
 
+def curves(rows: Iterable[Row], path: Path) -> None:
+    """Errors in percent against gradient evaluations, mean ± deviation over the seeds.
+
+    A row has `errors_percent` at equal distances, the last one at the end of the run.
+    """
+    by_method: dict[str, list[Row]] = {}
+    for row in rows:
+        by_method.setdefault(row["method"], []).append(row)
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for (name, runs), colour in zip(by_method.items(), COLOURS, strict=False):
+        errors = np.array([row["errors_percent"] for row in runs])  # [seeds, times]
+        spent = runs[0]["gradient_evaluations"] * np.linspace(0, 1, errors.shape[1] + 1)
+        mean = errors.mean(axis=0)
+        deviation = errors.std(axis=0, ddof=1) if len(runs) > 1 else 0.0 * mean
+        axes.plot(spent[1:], mean, color=colour, label=name.replace("_", "-"))
+        axes.fill_between(
+            spent[1:], mean - deviation, mean + deviation, color=colour, alpha=0.2
+        )
+    axes.set_xlabel("gradient evaluations")
+    axes.set_ylabel("test error, %")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False)
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def select(
+    grids: Mapping[str, Sequence[float]],
+    train: Callable[[str, float, int], Row],
+    settings: Mapping[str, Any],
+    folder: Path,
+    measures: Sequence[str],
+) -> None:
+    """Writes the rate with the smallest error of every method to selection.json.
+
+    `train` gets a method's name, a rate and a seed that is not used again.
+    """
+    rows = Rows(folder / "selection", settings)
+    runs = {f"{name}/{rate}": (name, rate) for name in grids for rate in grids[name]}
+    for run, seed in rows.pending(list(runs), [SELECTION_SEED]):
+        try:
+            row = train(*runs[run], seed)
+        except FloatingPointError:  # the loss became NaN
+            spent = {"gradient_evaluations": 0, "forward_passes": 0, "seconds": 0.0}
+            row = {**spent, "error_percent": 100.0}
+        rows.record(run, seed, row)
+    best: dict[str, float] = {}
+    for row in sorted(rows, key=lambda row: row["error_percent"]):
+        name, rate = runs[row["method"]]
+        best.setdefault(name, rate)
+    write_json(folder / "selection.json", best)
+    print(table(rows, measures))
+
+
 class Images(NamedTuple):
     """A labelled data set: images uint8 [N, ...], labels integers [N]."""
 
@@ -234,6 +293,13 @@ def load_images(path: Path | None) -> Images:
                 f"add what is missing: {', '.join(missing)}."
             )
         return Images(*(file[name] for name in Images._fields))
+
+
+def hold_out(images: Images, count: int) -> Images:
+    """The last training images in the place of the test images, to choose by."""
+    kept, held_out = slice(None, -count), slice(-count, None)
+    x, y = images.train_images, images.train_labels
+    return Images(x[kept], y[kept], x[held_out], y[held_out])
 
 
 def random_images(shape: tuple[int, ...], train: int, test: int) -> Images:

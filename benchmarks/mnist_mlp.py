@@ -29,28 +29,27 @@ best moment; train_loss is the loss on all training images then, without dropout
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
-import numpy as np
 import optax
 from flax import linen as nn
 from harness import (
-    COLOURS,
     Images,
     Row,
     Rows,
+    curves,
     falling,
+    hold_out,
     load_images,
     parser,
     random_images,
     read_json,
+    select,
     table,
-    write_json,
     write_table,
 )
 
@@ -59,7 +58,6 @@ from optax_flat.training import History, make_train_step
 
 WALK = 20  # L
 MEASURES = ("error_percent", "test_loss", "train_loss")
-SELECTION_SEED = 1000  # none of those that are reported
 
 
 class Sizes(NamedTuple):
@@ -245,59 +243,6 @@ def train(
     }
 
 
-def select(
-    methods: Iterable[str], images: Images, sizes: Sizes, settings: Row, folder: Path
-) -> None:
-    """Writes the best rate of every method to selection.json."""
-    kept = slice(None, -sizes.validation)
-    held_out = slice(-sizes.validation, None)
-    x, y, *_ = images
-    split = Images(x[kept], y[kept], x[held_out], y[held_out])
-    rows = Rows(folder / "selection", settings)
-    runs = [f"{name}/{rate}" for name in methods for rate in METHODS[name].rates]
-    for run, seed in rows.pending(runs, [SELECTION_SEED]):
-        name, rate = run.split("/")
-        log = folder / "selection" / "history" / f"{name}-{rate}.json"
-        try:
-            row = train(METHODS[name], float(rate), split, sizes, seed=seed, log=log)
-        except FloatingPointError:  # the loss became NaN
-            spent = {"gradient_evaluations": 0, "forward_passes": 0, "seconds": 0.0}
-            row = {**spent, "error_percent": 100.0}
-        rows.record(run, seed, row)
-    best: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: row["error_percent"]):
-        name, rate = row["method"].split("/")
-        best.setdefault(name, float(rate))
-    write_json(folder / "selection.json", best)
-    print(table(rows, MEASURES))
-
-
-def picture(rows: Iterable[Row], path: Path) -> None:
-    """Test error against gradient evaluations, mean ± deviation over the seeds."""
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for name, colour in zip(METHODS, COLOURS, strict=False):
-        runs = [row for row in rows if row["method"] == name]
-        if not runs:
-            continue
-        errors = np.array([row["errors_percent"] for row in runs])  # [seeds, epochs]
-        spent = runs[0]["gradient_evaluations"] * np.linspace(0, 1, errors.shape[1] + 1)
-        mean = errors.mean(axis=0)
-        deviation = errors.std(axis=0, ddof=1) if len(runs) > 1 else 0.0 * mean
-        axes.plot(spent[1:], mean, color=colour, label=name.replace("_", "-"))
-        axes.fill_between(
-            spent[1:], mean - deviation, mean + deviation, color=colour, alpha=0.2
-        )
-    axes.set_xlabel("gradient evaluations")
-    axes.set_ylabel("test error, %")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
-
-
 def main() -> None:
     """Runs what is missing, then writes table and picture."""
     options_of = parser(__doc__, METHODS, seeds=3, out="out/mnist_mlp", data=True)
@@ -315,7 +260,14 @@ def main() -> None:
         images, data = load_images(options.data), options.data.name
     settings = {**sizes._asdict(), "data": data}
     if options.select:
-        select(options.methods, images, sizes, settings, options.out)
+        split = hold_out(images, sizes.validation)
+
+        def try_rate(name: str, rate: float, seed: int) -> Row:
+            log = options.out / "selection" / "history" / f"{name}-{rate}.json"
+            return train(METHODS[name], rate, split, sizes, seed=seed, log=log)
+
+        grids = {name: METHODS[name].rates for name in options.methods}
+        select(grids, try_rate, settings, options.out, MEASURES)
         return
     rates = {name: method.rate for name, method in METHODS.items()}
     rates |= read_json(options.out / "selection.json", {})
@@ -326,7 +278,7 @@ def main() -> None:
         rows.record(name, seed, row)
     text = table(rows, MEASURES)
     write_table(text, options.out)
-    picture(rows, options.out / "mnist_mlp.png")
+    curves(rows, options.out / "mnist_mlp.png")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,9 @@ from optax_flat._methods.nesterov import (
     MultipointNesterovState as MultipointNesterovState,
 )
 from optax_flat._methods.nesterov import multipoint_nesterov as multipoint_nesterov
+from optax_flat._methods.parle import ElasticAveragingState as ElasticAveragingState
+from optax_flat._methods.parle import elastic_averaging as elastic_averaging
+from optax_flat._methods.parle import parle as parle
 from optax_flat._methods.perturbation import (
     PerturbationGradientState as PerturbationGradientState,
 )

@@ -48,7 +48,8 @@ class Method(NamedTuple):
     closed_form_updates: int = 1
     # Whether its state holds floating-point numbers made of gradients and params.
     keeps_floats: bool = True
-    # Whether its params stand on a look-ahead point and `eval_params` behind it.
+    # Whether `eval_params` is not where its walks start, but behind a look-ahead point
+    # or in a center.
     looks_ahead: bool = False
     # The arguments that give a walk another number of gradients.
     of_length: Callable[[int], dict[str, Any]] = lambda n: {"num_steps": n}
@@ -100,6 +101,18 @@ def gibbs_mean_step(q: Quadratic, x, *, num_steps, step_size, gamma, averaging):
 def first_adam(d, learning_rate, eps):
     """Adam's first update on d."""
     return learning_rate * d / (np.abs(d) + eps)
+
+
+def elastic_steps(q: Quadratic, x, *, displacement, rate, coupling, step, updates):
+    """Displacement after some updates that are pulled to a center, itself on its way.
+
+    `displacement` of q and x is what takes the place of the gradient.
+    """
+    start, center = x, x
+    for _ in range(updates):
+        x = x - rate * (displacement(q, x) + coupling * (x - center))
+        center = center + step * (x - center)
+    return x - start
 
 
 WALK = {"num_steps": 7, "step_size": 0.15, "gamma": 0.8, "averaging": 0.6}
@@ -323,6 +336,74 @@ METHODS = [
             ({"b2": 1.0}, ValueError, r"`b2` must lie in \[0, 1\), got 1"),
             ({"eps": -1.0}, ValueError, "`eps` must lie in"),
         ],
+    ),
+    Method(
+        # A single replica, which a center that lags behind holds back.
+        name="parle",
+        arguments={
+            "learning_rate": 0.5,
+            "coupling": 0.8,
+            "center_step": 0.4,
+            "num_steps": 4,
+            "axis_name": None,
+            "key": 0,
+        },
+        floats=LOCAL_ENTROPY_FLOATS
+        | {"learning_rate": 0.7, "momentum": 0.5, "coupling": 0.3, "center_step": 0.9},
+        noisy={"noise": 0.02},
+        off=LOCAL_ENTROPY_OFF | {"coupling": 0.0},
+        off_is=optax.sgd(0.5 * 0.2, momentum=0.9),
+        closed_form=lambda q, x: elastic_steps(
+            q,
+            x,
+            displacement=functools.partial(gibbs_mean_step, **WALK),
+            rate=0.5,
+            coupling=0.8,
+            step=0.4,
+            updates=3,
+        ),
+        closed_form_arguments=NOISELESS | {"momentum": 0.0, "scoping": 0.0},
+        closed_form_updates=3,
+        bad=[
+            *LOCAL_ENTROPY_BAD,
+            NEGATIVE_RATE,
+            ({"coupling": -1.0}, ValueError, r"`coupling` must lie in \[0, inf\)"),
+            ({"center_step": 0.0}, ValueError, r"`center_step` must lie in \(0, 1\]"),
+        ],
+        looks_ahead=True,
+    ),
+    Method(
+        name="elastic_averaging",
+        arguments={
+            "outer": optax.sgd(0.1, momentum=0.9),
+            "coupling": 0.8,
+            "center_step": 0.4,
+            "axis_name": None,
+        },
+        floats={"coupling": 0.3, "center_step": 0.9},
+        noisy={},
+        off={"coupling": 0.0},
+        off_is=optax.sgd(0.1, momentum=0.9),
+        closed_form=lambda q, x: elastic_steps(
+            q,
+            x,
+            displacement=lambda q, x: q.H @ (x - q.c),
+            rate=0.2,
+            coupling=0.8,
+            step=0.4,
+            updates=3,
+        ),
+        closed_form_arguments={"outer": optax.sgd(0.2)},
+        closed_form_updates=3,
+        bad=[
+            ({"outer": 0.1}, TypeError, "`outer` must be an optax"),
+            ({"coupling": -1.0}, ValueError, r"`coupling` must lie in \[0, inf\)"),
+            ({"center_step": 1.1}, ValueError, r"`center_step` must lie in \(0, 1\]"),
+            ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
+        ],
+        looks_ahead=True,
+        modes=PLAIN,
+        length=1,
     ),
     Method(
         name="coolmomentum",

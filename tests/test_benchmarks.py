@@ -18,6 +18,7 @@ METHODS = {
     "step_time": ["mlp/entropy/scan", "compile/sam/5"],
     "update_time": ["coolmomentum_temperature", "sgld_rademacher"],
     "mnist_mlp": ["adam", "entropy_sgd"],
+    "mnist_parle": ["elastic_averaging", "parle"],
     "cifar_resnet20": ["coolmomentum_linear"],
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
     "ensemble_time": ["ensemble_kalman"],

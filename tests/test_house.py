@@ -15,7 +15,7 @@ ALLOWED = {
     "_core": {"_core"},
     "schedules": {"_core"},
     "problems": {"_core"},
-    "_methods": {"_core", "schedules"},
+    "_methods": {"_core", "_methods", "schedules"},  # each other's not, see below
     "training": {"_core", "training"},
     "flatness": {"_core", "flatness"},
     "plotting": {"_core", "flatness", "plotting", "problems", "training"},

@@ -389,16 +389,15 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
             "`opt_state` itself. A state of your own should be a NamedTuple."
         )
-    arrays = evaluated = _plain(params)
-    for state in states(_plain(opt_state), Evaluable):
-        try:
-            evaluated = state.eval_params(evaluated)
-        except ValueError as error:
-            raise ValueError(
-                "the optimizer's state belongs to other params.\n"
-                f"  params: {jax.tree.structure(params)}\n"
-                "Pass the params and the state that one `update` led to."
-            ) from error
+    arrays = _plain(params)
+    try:
+        evaluated = _evaluated(_plain(opt_state), arrays)
+    except ValueError as error:
+        raise ValueError(
+            "the optimizer's state belongs to other params.\n"
+            f"  params: {jax.tree.structure(params)}\n"
+            "Pass the params and the state that one `update` led to."
+        ) from error
     if evaluated is arrays:
         return params
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(evaluated))
@@ -540,10 +539,18 @@ def _check_placeholders(params, function):
 
 
 def _anchor(memory, first_point):
-    offset = getattr(memory, "offset", None)
-    if offset is None:
-        return first_point
-    return trees.map_selected(lambda o, p: (p + o).astype(p.dtype), offset, first_point)
+    anchor, offset = first_point, getattr(memory, "offset", None)
+    if offset is not None:
+        anchor = trees.map_selected(
+            lambda o, p: (p + o).astype(p.dtype), offset, first_point
+        )
+    return _evaluated(memory, anchor)  # the walk's outer optimizer may know better
+
+
+def _evaluated(opt_state, params):
+    for state in states(opt_state, Evaluable):
+        params = state.eval_params(params)
+    return params
 
 
 def _difference(target, params):

@@ -37,7 +37,7 @@ from optax_flat._core.noise import KINDS, draw
 from optax_flat._core.walk import Walk
 
 # What optax.inject_hyperparams must leave alone: structure, not numbers.
-_STATIC = (
+STATIC = (
     "num_steps",
     "noise_kind",
     "inner_transform",
@@ -187,7 +187,7 @@ def _walk(
     return Walk(num_steps, init, start, step, finish)
 
 
-@static_args("outer", *_STATIC)
+@static_args("outer", *STATIC)
 def local_entropy(
     outer: optax.GradientTransformation,
     *,
@@ -319,7 +319,7 @@ def local_entropy(
     )
 
 
-@static_args("nesterov", *_STATIC)
+@static_args("nesterov", *STATIC)
 def entropy_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -452,16 +452,8 @@ def entropy_sgd(
       As `local_entropy`. The weight of the new iterate, 0.75, is the paper's; the
       authors' code uses 0.25.
     """
-    checks.number("learning_rate", learning_rate, 0.0)
-    checks.number("momentum", momentum, 0.0, 1.0)
-    no_momentum = isinstance(momentum, int | float) and momentum == 0
-    outer = scheduled(
-        functools.partial(optax.sgd, nesterov=nesterov),
-        learning_rate=learning_rate,
-        momentum=None if no_momentum else momentum,
-    )
     return local_entropy(
-        outer,
+        momentum_sgd(learning_rate, momentum, nesterov),
         num_steps=num_steps,
         step_size=step_size,
         gamma=gamma,
@@ -480,7 +472,7 @@ def entropy_sgd(
     )
 
 
-@static_args("amsgrad", *_STATIC)
+@static_args("amsgrad", *STATIC)
 def entropy_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -595,4 +587,20 @@ def entropy_adam(
         accumulator_dtype=accumulator_dtype,
         diagnostics=diagnostics,
         key=key,
+    )
+
+
+def momentum_sgd(
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: optax.ScalarOrSchedule,
+    nesterov: bool,
+) -> optax.GradientTransformation:
+    """The outer optimizer of Entropy-SGD and of Parle."""
+    checks.number("learning_rate", learning_rate, 0.0)
+    checks.number("momentum", momentum, 0.0, 1.0)
+    no_momentum = isinstance(momentum, int | float) and momentum == 0
+    return scheduled(
+        functools.partial(optax.sgd, nesterov=nesterov),
+        learning_rate=learning_rate,
+        momentum=None if no_momentum else momentum,
     )
