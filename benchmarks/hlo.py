@@ -148,3 +148,10 @@ def _flops(dot: _Instruction, shapes: dict[str, str]) -> int:
     match = _CONTRACTED.search(dot.rest)
     contracted = [int(d) for d in match[1].split(",") if d] if match else []
     return 2 * math.prod(result) * math.prod(dims[d] for d in contracted)
+
+
+def kernels(text: str) -> set[str]:
+    """The different fused computations of a program: XLA compiles equal ones once."""
+    bodies = re.findall(r"^%?\w*(?:fused|wrapped)[\w.-]* \(.*?^}", text, re.M | re.S)
+    plain = (re.sub(r", metadata=\{[^}]*\}", "", body) for body in bodies)
+    return {re.sub(r"%?[\w-]+(?:\.\w+)+|^%?\S+ ", "", body) for body in plain}

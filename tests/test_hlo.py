@@ -1,21 +1,11 @@
 """What `benchmarks/hlo.py` reads off a program, against counts by hand."""
 
 from collections import Counter
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import pytest
 
 P = jax.P
-
-
-@pytest.fixture
-def hlo(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import hlo
-
-    return hlo
 
 
 def test_counts_products_and_collectives(hlo):

@@ -1,11 +1,23 @@
 """The draws: moments, distribution, independence."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from optax_flat._core.noise import KINDS, draw
+import optax_flat
+from optax_flat._core.noise import (
+    KINDS,
+    _mix,
+    _numbers,
+    draw,
+    draw_from,
+    first_seed,
+    next_seed,
+)
 
 SHAPES = {"w": (784, 500), "b": (500,), "odd": (333, 7), "s": ()}
 
@@ -81,8 +93,147 @@ def test_shapes_and_dtypes(kind, dtype):
     assert draw(jax.random.key(0), {}, kind) == {}
 
 
-def test_any_key_implementation():
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg", "unsafe_rbg"])
+def test_any_key_implementation(impl):
     """A key of another generator seeds the same kind of draws."""
-    z = draw(jax.random.key(0, impl="rbg"), jnp.zeros((400, 400)), "normal")
+    z = draw(jax.random.key(0, impl=impl), jnp.zeros((400, 400)), "normal")
     assert abs(float(z.mean())) < 5 / 400
     assert abs(float(z.std()) - 1) < 5 / 400
+    other = draw(jax.random.key(1, impl=impl), jnp.zeros((400, 400)), "normal")
+    assert abs(np.corrcoef(z.ravel(), other.ravel())[0, 1]) < 5 / 400
+
+
+def test_scale():
+    """The draws times a number, in the leaf's dtype."""
+    like = {"w": jnp.zeros((30, 7)), "half": jnp.zeros(5, jnp.bfloat16)}
+    for kind in KINDS:
+        one, three = (draw(jax.random.key(0), like, kind, s) for s in (1.0, 3.0))
+        for name, factor in {"w": 1e-6, "half": 0.02}.items():
+            a, b = (np.asarray(z[name], float) for z in (one, three))
+            np.testing.assert_allclose(b, 3 * a, rtol=factor)
+            assert three[name].dtype == like[name].dtype
+
+
+def test_no_word_repeats():
+    """Until 2^32 numbers are used up, and in no two blocks of them by plan."""
+    seed = first_seed(jax.random.key(0), jnp.zeros(1))
+    numbers = jnp.arange(2**20, dtype=jnp.uint32) + seed[0]
+    words = np.asarray(_mix(numbers, seed[1]))
+    assert np.unique(words).size == words.size
+    shapes = [(3, 5), (2**17, 2**20), (7,), (2**32,), (2**31, 3), ()]
+    leaves = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    found = [(int(first[0]), int(block)) for first, block in _numbers(leaves)]
+    # A row of the second one has 2^20 entries, and a block of 2^32 numbers to itself.
+    end = 2**17
+    assert found[:4] == [(0, 0), (0, 1), (2**20, end), (0, end + 1)]
+    assert found[4:] == [(0, end + 2), (3, end + 2 + 2**31 - 1)]
+
+
+def test_axes_that_are_too_long():
+    with pytest.raises(ValueError, match=r"2\*\*33|8589934592.*no axis .* 2\^32"):
+        draw(jax.random.key(0), jax.ShapeDtypeStruct((2**33, 1), jnp.float32), "normal")
+
+
+def test_loops_are_independent():
+    """The draws of consecutive seeds, and seeds that start with almost equal ones."""
+    like = jnp.zeros(2**17)
+    near = first_seed(jax.random.key(0), like) + np.array([0, 1], np.uint32)
+    seeds = [first_seed(jax.random.key(0), like), near]
+    seeds += [next_seed(seed) for seed in seeds]
+    seeds += [next_seed(seed) for seed in seeds[-2:]]
+    for kind in KINDS:
+        z = np.stack([draw_from(seed, like, kind) for seed in seeds]).astype(float)
+        correlation = np.corrcoef(z) - np.eye(len(seeds))
+        assert np.abs(correlation).max() < 5 / np.sqrt(like.size)
+
+
+def test_chain_of_seeds_is_random():
+    """100,000 seeds from the weakest start: their bits, and neighbours' bits."""
+    chain = jax.lax.scan(
+        lambda seed, _: (next_seed(seed), seed), jnp.zeros(2, jnp.uint32), length=10**5
+    )[1]
+    chain = np.asarray(chain)
+    assert len(np.unique(chain, axis=0)) == len(chain)
+    bits = (chain[:, :, None] >> np.arange(32, dtype=np.uint32)) & 1
+    bits = 2.0 * bits.reshape(len(chain), 64) - 1
+    # 64 means and 64^2 products of neighbours: the largest of them is below 5.5.
+    assert np.abs(bits.mean(0)).max() < 5.5 / np.sqrt(len(chain))
+    assert np.abs(bits[1:].T @ bits[:-1] / len(chain)).max() < 5.5 / np.sqrt(len(chain))
+
+
+MESH = {"axis_shapes": (4, 2), "axis_names": ("data", "model")}
+LAYOUTS = {  # of arrays of one shape
+    "rows": jax.P("data"),
+    "columns": jax.P(None, "model"),
+    "both": jax.P("data", "model"),
+    "replicated": jax.P(),
+}
+
+
+def sharded(tree, kind=jax.sharding.AxisType.Auto):
+    mesh = jax.make_mesh(**MESH, axis_types=(kind, kind))
+    return mesh, {
+        name: jax.device_put(leaf, jax.NamedSharding(mesh, LAYOUTS[name]))
+        for name, leaf in tree.items()
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_do_not_depend_on_the_sharding(kind):
+    like = {name: jnp.zeros((16, 8)) for name in LAYOUTS}
+    expected = draw(jax.random.key(0), like, kind)
+    for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
+        mesh, on_mesh = sharded(like, axis_type)
+        with jax.set_mesh(mesh):
+            drawn = jax.jit(
+                lambda x: jax.tree.map(jnp.add, x, draw(jax.random.key(0), x, kind))
+            )(on_mesh)
+        for name, z in drawn.items():
+            assert z.sharding.is_equivalent_to(on_mesh[name].sharding, 2)
+            np.testing.assert_array_equal(z, expected[name])
+
+
+def outer_update(tx, mode, params, state):
+    grad_fn = jax.grad(lambda p, _: sum(jnp.sum(jnp.cos(x)) for x in p.values()))
+    more = {"grad_fn": grad_fn} if mode == "scanned" else {}
+    updates, state = tx.update(grad_fn(params, 0), state, params, **more)
+    return optax.apply_updates(params, updates), state
+
+
+def program(hlo, mode, params, **noise):
+    tx = optax_flat.entropy_sgd(1.0, num_steps=5, mode=mode, key=0, **noise)
+    step = jax.jit(functools.partial(outer_update, tx, mode))
+    return hlo.compiled(step, params, jax.jit(tx.init)(params))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_noise_is_made_where_it_is_used(mode, kind, hlo):
+    """On eight devices: nothing exchanged, no more memory, nothing of full size."""
+    _, params = sharded({name: jnp.zeros((64, 32)) for name in LAYOUTS})
+    with_noise = program(hlo, mode, params, noise_kind=kind)
+    without = program(hlo, mode, params, noise=0.0)
+    assert not hlo.costs(with_noise).collectives
+    temporary = [p.memory_analysis().temp_size_in_bytes for p in (with_noise, without)]
+    assert temporary[0] <= 1.5 * temporary[1]
+    _, shards = sharded({"rows": params["rows"], "both": params["both"]})
+    text = program(hlo, mode, shards, noise_kind=kind).as_text()
+    assert "[16,32]" in text and "[16,16]" in text  # what a device has of the two
+    assert "[64,32]" not in text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_noise_adds_little_to_the_program(kind, hlo):
+    """As users compile it: instructions per leaf, and the same code for equal leaves."""
+
+    def sizes(leaves, **noise):
+        params = {f"leaf_{i}": jnp.zeros((24, 16)) for i in range(leaves)}
+        text = program(hlo, "scanned", params, **noise).as_text()
+        instructions = sum(" = " in line for line in text.splitlines())
+        return np.array([instructions, len(hlo.kernels(text))])
+
+    few, many = sizes(4, noise_kind=kind), sizes(12, noise_kind=kind)
+    growth = (many - few) / 8
+    noiseless = (sizes(12, noise=0.0) - sizes(4, noise=0.0)) / 8
+    assert growth[0] <= 3 * noiseless[0]
+    assert growth[1] == 0

@@ -13,7 +13,11 @@ def data(key: jax.Array) -> jax.Array:
     return jax.random.key_data(key)
 
 
+def typed(data: jax.Array, like: jax.Array) -> jax.Array:
+    """The typed key of such data, of the kind of the typed key `like`."""
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
+
+
 def fold_in(data: jax.Array, number: jax.typing.ArrayLike, like: jax.Array):
     """A typed key from such data and a number, of the kind of the typed key `like`."""
-    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(like))
-    return jax.random.fold_in(key, number)
+    return jax.random.fold_in(typed(data, like), number)

@@ -210,12 +210,10 @@ def scanned(
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
                 return (walker.consume(memory, progress, grads), aux), None
 
-            (progress, _), _ = jax.lax.scan(
-                body,
-                (progress, aux),
-                jnp.arange(walk.length - 1) if batches is None else batches,
-                length=walk.length - 1,
-                unroll=unroll,
+            if batches is None:
+                batches = jnp.arange(walk.length - 1)
+            progress, _ = _loop(
+                body, (progress, aux), batches, length=walk.length - 1, unroll=unroll
             )
         inner, _, finite = progress
         updates, memory, skipped = walker.finish(memory, inner, finite, params)
@@ -324,7 +322,7 @@ def transparent(
             return _difference(target, params), memory, skipped
 
         last = state.step == walk.length - 1
-        updates, memory, skipped = jax.lax.cond(
+        updates, memory, skipped = _either(
             last, outer_update, move, memory, inner, finite, first_point, params
         )
         return updates, TransparentState(
@@ -461,6 +459,25 @@ def build(
         has_aux=has_aux,
         skip_nonfinite=skip_nonfinite,
     )
+
+
+def _loop(body, carry, xs, *, length, unroll):
+    """`jax.lax.scan` without outputs; Python's loop where nothing is traced.
+
+    There a scan would be compiled anew at every call, because `body` is a new function.
+    """
+    if trees.is_traced((carry, xs)):
+        return jax.lax.scan(body, carry, xs, length=length, unroll=unroll)[0]
+    for i in range(length):
+        carry, _ = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
+    return carry
+
+
+def _either(condition, on_true, on_false, *operands):
+    """`jax.lax.cond`; Python's choice where nothing is traced, see `_loop`."""
+    if trees.is_traced((condition, operands)):
+        return jax.lax.cond(condition, on_true, on_false, *operands)
+    return (on_true if condition else on_false)(*operands)
 
 
 def _walker(walk, inner_transform, skip_nonfinite):

@@ -7,8 +7,8 @@ An entry's draw depends on the key and on the entry's own number, and on nothing
 So every device makes the draws of its own shard, whatever the sharding, without
 communication, and they are the same bits on any number of devices; XLA fuses the few
 operations into the update, so there is no buffer of draws either. The seed is 64 bits
-from the generator of the key. `mix` permutes the 32-bit numbers for each seed and leaves
-take consecutive ones, so no word repeats among 2^32; larger trees go on with others.
+from the generator of the key. For each seed `mix` permutes the 32-bit numbers, of which
+leaves take consecutive ones: no word repeats among 2^32; larger trees take a new block.
 
 * `rademacher`: independent signs. A Langevin step with signs has the same weak order
   as with normal draws, because only the first three moments of the increment enter
@@ -23,8 +23,8 @@ take consecutive ones, so no word repeats among 2^32; larger trees go on with ot
 """
 
 import functools
-import hashlib
 import math
+import zlib
 from typing import Any
 
 import jax
@@ -37,6 +37,9 @@ KINDS = ("normal", "rademacher")
 _MULTIPLIER = np.uint32(0xAC4C1B51)
 _SHIFT = np.uint32(16)
 _NUMBERS = 2**32  # that `mix` permutes
+
+# 2^32 over the golden ratio, and over its square.
+_WEYL = np.array([0x9E3779B9, 0x61C88647], np.uint32)
 
 # The closed form with the least error of its distribution function among those of unit
 # variance and fourth moment 3.
@@ -58,36 +61,53 @@ def draw(key: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     Raises:
       ValueError: an axis is longer than 2^32.
     """
-    paths, structure = jax.tree_util.tree_flatten_with_path(like)
-    leaves = [leaf for _, leaf in paths]
+    return draw_from(first_seed(key, like), like, kind, scale)
+
+
+def first_seed(key: jax.Array, like: Any) -> jax.Array:
+    """The seed of the first draw in a loop: uint32, [2]."""
     # Groups of parameters (`optax.partition`) that were given one key share no draws.
+    paths, _ = jax.tree_util.tree_flatten_with_path(like)
     names = "".join(jax.tree_util.keystr(path) for path, _ in paths)
-    label = hashlib.blake2b(names.encode(), digest_size=8).digest()
-    seed = jax.random.bits(key, (2,), jnp.uint32) ^ np.frombuffer(label, "<u4")
+    label = np.uint32(zlib.crc32(names.encode()))
+    return jax.random.bits(jax.random.fold_in(key, label), (2,), jnp.uint32)
+
+
+def next_seed(seed: jax.Array) -> jax.Array:
+    """The seed of the next draw in a loop.
+
+    A loop that carries its seed compiles much faster than one that makes a key in each
+    of its steps, which is a loop of its own.
+    """
+    return _mix(seed + _WEYL, seed[::-1])
+
+
+def draw_from(seed: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
+    """The draws of a seed, see `draw`."""
+    leaves, structure = jax.tree.flatten(like)
     scale = scale * {"normal": _SCALE, "rademacher": 1.0}[kind]
     draws = [
         _draw_leaf(
-            seed, start, jnp.asarray(scale, leaf.dtype),
+            seed + first, seed[1] + block, jnp.asarray(scale, leaf.dtype),
             shape=leaf.shape, dtype=leaf.dtype, sharding=_sharding(leaf), kind=kind,
         )
-        for leaf, start in zip(leaves, _starts(leaves), strict=True)
+        for leaf, (first, block) in zip(leaves, _numbers(leaves), strict=True)
     ]  # fmt: skip
     return jax.tree.unflatten(structure, draws)
 
 
-def _starts(leaves):
-    """The first number of each leaf, as words [low, high]."""
-    low, high, starts = 0, 0, []
+def _numbers(leaves):
+    """For each leaf its first number and the first block of 2^32 that it is in."""
+    first, block = 0, 0
     for leaf in leaves:
         outer, inner = _split(leaf.shape)
         blocks, size = math.prod(outer), math.prod(inner)
-        if blocks > 1 or low + size > _NUMBERS:
-            low, high = 0, high + 1
-        # Arrays, not numbers, which would be part of the program: XLA compiles a
-        # program for each shape, not for each leaf.
-        starts.append(np.array([low % _NUMBERS, high], np.uint32))
-        low, high = low + size, high + blocks - 1
-    return starts
+        if blocks > 1 or first + size > _NUMBERS:
+            first, block = 0, block + 1
+        # An array of two: a single number would be part of the program, and XLA compiles
+        # equal programs only once, so one for each shape and not one for each leaf.
+        yield np.array([first % _NUMBERS, 0], np.uint32), np.uint32(block)
+        first, block = first + size, block + blocks - 1
 
 
 def _split(shape):
@@ -112,16 +132,15 @@ def _sharding(leaf):
 
 # Compiled for itself where an update is not jitted, and traced once for each shape.
 @functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding", "kind"))
-def _draw_leaf(seed, start, scale, *, shape, dtype, sharding, kind):
+def _draw_leaf(first, block, scale, *, shape, dtype, sharding, kind):
     outer, inner = _split(shape)
     axes = [
         jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
         for axis in range(len(shape))
     ]
-    low, high = seed + start
-    low = _add_number(low, axes[len(outer) :], inner)
-    high = _add_number(high, axes[: len(outer)], outer)
-    words = _mix(low, high)
+    low = _add_number(first[0], axes[len(outer) :], inner)
+    high = _add_number(block, axes[: len(outer)], outer)
+    words = jax.lax.bitcast_convert_type(_mix(low, high), jnp.int32)
     if kind == "rademacher":
         return jnp.where(words < 0, -scale, scale)
     return _normal(words).astype(dtype) * scale
@@ -137,14 +156,14 @@ def _add_number(first, axes, shape):
 
 
 def _mix(low, high):
-    """int32 words: for each `high` a permutation of the 32-bit numbers `low`."""
+    """For each `high` a permutation of the 32-bit numbers `low`."""
     multiplier = jnp.full_like(low, _MULTIPLIER)
     shift = jnp.full_like(low, _SHIFT)
     x = low * multiplier
     x = x ^ jax.lax.shift_right_logical(x, shift)
     x = (x + high) * multiplier
     x = x ^ jax.lax.shift_right_logical(x, shift)
-    return jax.lax.bitcast_convert_type(x * multiplier, jnp.int32)
+    return x * multiplier
 
 
 def _normal(words):

@@ -15,6 +15,11 @@ def is_key(leaf: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether a leaf stands for a value that is known only when the program runs."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
     """Params in the dtype of anchors and means: `dtype`, or at least float32."""
 

@@ -33,7 +33,7 @@ import optax
 from optax_flat import schedules
 from optax_flat._core import checks, keys, modes, trees
 from optax_flat._core.hyperparams import at, scheduled, static_args
-from optax_flat._core.noise import KINDS, draw
+from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 from optax_flat._core.walk import Walk
 
 # What optax.inject_hyperparams must leave alone: structure, not numbers.
@@ -73,6 +73,7 @@ class LocalEntropyState(NamedTuple):
 class _Probe(NamedTuple):
     """What the diagnostics need from a walk."""
 
+    taken: jax.Array  # int32, [], steps taken
     first_gradient: optax.Updates
     distance: jax.Array  # [], sum over the walk of ||x' - x||
 
@@ -82,9 +83,8 @@ class _Inner(NamedTuple):
 
     # Constant during the walk.
     anchor: optax.Params
-    key: jax.Array  # uint32, data of this walk's own key
     # Changing at every step.
-    taken: jax.Array  # int32, [], steps taken
+    seed: jax.Array  # uint32, [2], of the next draw
     point: optax.Params
     mean: optax.Params
     probe: _Probe | None
@@ -127,16 +127,15 @@ def _walk(
         x = trees.accumulator(params, accumulator_dtype)
         probe = None
         if diagnostics:
-            probe = _Probe(optax.tree.zeros_like(x), jnp.zeros([]))
-        walk_key = keys.data(keys.fold_in(memory.key, memory.count, key))
-        return _Inner(x, walk_key, jnp.zeros([], jnp.int32), x, x, probe)
+            taken = jnp.zeros([], jnp.int32)
+            probe = _Probe(taken, optax.tree.zeros_like(x), jnp.zeros([]))
+        seed = first_seed(keys.fold_in(memory.key, memory.count, key), x)
+        return _Inner(x, seed, x, x, probe)
 
     def averaged(memory, inner):
         """The mean with the point where the walk stands."""
         weight = at(hyperparams.averaging, memory.count)
-        return jax.tree.map(
-            lambda m, p: m + weight * (p - m), inner.mean, inner.point
-        )
+        return jax.tree.map(lambda m, p: m + weight * (p - m), inner.mean, inner.point)
 
     def step(memory, inner, grads):
         t = memory.count
@@ -152,18 +151,19 @@ def _walk(
             inner.point, grads, inner.anchor,
         )  # fmt: skip
         if not noiseless:
-            step_key = keys.fold_in(inner.key, inner.taken, key)
             scale = eta**0.5 * at(hyperparams.noise, t)
-            z = draw(step_key, point, noise_kind, scale)
+            z = draw_from(inner.seed, point, noise_kind, scale)
             point = optax.tree.add(point, z)
         probe = inner.probe
         if probe is not None:
             distance = trees.norm(optax.tree.sub(point, inner.anchor))
             probe = _Probe(
-                trees.where(inner.taken == 0, grads, probe.first_gradient),
+                probe.taken + 1,
+                trees.where(probe.taken == 0, grads, probe.first_gradient),
                 probe.distance + distance,
             )
-        return _Inner(inner.anchor, inner.key, inner.taken + 1, point, mean, probe)
+        seed = next_seed(inner.seed)
+        return _Inner(inner.anchor, seed, point, mean, probe)
 
     def finish(memory, inner, params):
         d = optax.tree.sub(inner.anchor, averaged(memory, inner))
