@@ -48,6 +48,8 @@ class Method(NamedTuple):
     closed_form_updates: int = 1
     # Whether its state holds floating-point numbers made of gradients and params.
     keeps_floats: bool = True
+    # Whether the optimizers inside it that are Optax's work under strict promotion.
+    promotes_nothing: bool = True
     # Whether `eval_params` is not where its walks start, but behind a look-ahead point
     # or in a center.
     looks_ahead: bool = False
@@ -279,7 +281,7 @@ METHODS = [
     Method(
         name="local_entropy",
         arguments={
-            "outer": optax.rmsprop(0.1),
+            "outer": optax.rmsprop(0.1, eps=1e-3),
             "num_steps": 4,
             "noise": 0.0,
             "key": 0,
@@ -330,6 +332,7 @@ METHODS = [
         off_is=optax.chain(optax.scale(0.2), optax.adam(0.05)),
         closed_form=lambda q, x: -first_adam(gibbs_mean_step(q, x, **WALK), 0.05, 0.1),
         closed_form_arguments=NOISELESS | {"eps": 0.1},
+        promotes_nothing=False,  # the bias correction of Optax's Adam does
         bad=[
             *LOCAL_ENTROPY_BAD,
             ({"b1": -0.1}, ValueError, r"`b1` must lie in \[0, 1\), got -0.1"),

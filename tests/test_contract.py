@@ -90,7 +90,9 @@ def test_jit_equals_eager(method, mode):
     assert_close(jitted.params, eager)
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("method", "mode"), [case for case in CASES if case.values[0].promotes_nothing]
+)
 @pytest.mark.parametrize("x64", [False, True])
 def test_strict_tracing(method, mode, x64):
     """No implicit promotion of ranks or dtypes and no leaks, in both precisions."""

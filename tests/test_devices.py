@@ -85,7 +85,7 @@ def floats(tree: Any) -> list[jax.Array]:
 
 def assert_matches(found, expected):
     # x - mu cancels digits, which a division by its size brings back.
-    assert_close(floats(found), floats(expected), factor=10)
+    assert_close(floats(found), floats(expected))
 
 
 def assert_sharded(tree, mesh):
@@ -104,7 +104,10 @@ def assert_sharded(tree, mesh):
         stacked = leaf.ndim - len(shapes[name])
         assert leaf.shape[stacked:] == shapes[name]
         expected = NamedSharding(mesh, P(*[None] * stacked, *SPECS[name]))
-        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim), where
+        # What is replicated may be sharded by the compiler, never the other way round.
+        assert leaf.sharding.is_equivalent_to(expected, leaf.ndim) or (
+            expected.is_fully_replicated
+        ), where
         found += 1
     return found
 
@@ -191,7 +194,7 @@ def test_shards_with_a_key_each(method, mode):
         return params, with_axis(state)
 
     def well(params, batch):
-        return jnp.sum(jnp.cosh(params) - batch)
+        return 1e-3 * jnp.sum(jnp.cosh(params) - batch)  # the noise is larger
 
     start = jnp.ones(8 * 16)
     state = jax.jit(spread(init, in_specs=P("data")))(start)

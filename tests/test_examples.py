@@ -15,6 +15,7 @@ from PIL import Image
 
 from optax_flat.flatness import Report
 from optax_flat.plotting import responses
+from optax_flat.training import History
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 MODES = ("scanned", "transparent")
@@ -187,10 +188,12 @@ def test_interrupted_run_resumes_bit_for_bit(tmp_path):
     results = load("plain_jax").main(["--smoke", "--out", str(tmp_path)])
     assert results["accuracy"] > ACCURACY
     assert results["stopped_at"] > 0  # in the middle of a walk
-    straight = json.loads((tmp_path / "straight.json").read_text())
-    resumed = json.loads((tmp_path / "resumed.json").read_text())
-    assert straight == resumed
-    assert len(straight["loss"]) == 5 * len(straight["eff_loss"]) == 10
+    straight, resumed = (
+        History.load(tmp_path / f"{run}.json", path=None)
+        for run in ("straight", "resumed")
+    )
+    assert (straight.loss, straight.val_loss) == (resumed.loss, resumed.val_loss)
+    assert len(straight.loss) == 5 * len(straight.eff_loss) == 10
 
 
 def test_no_gradients():

@@ -462,10 +462,8 @@ def test_functions_see_their_dtypes(mode):
     tx = optax_flat.entropy_sgd(0.5, num_steps=3, inner_transform=spy, mode=mode, key=0)
     params = ragged_params(jnp.bfloat16)
     stack = batches(1, 3, jnp.bfloat16)[0]
-    tx.update(
-        grad_fn(params, stack[0]), tx.init(params), params,
-        grad_fn=grad_fn, batches=stack[1:],
-    )  # fmt: skip
+    more = {"grad_fn": grad_fn, "batches": stack[1:]} if mode == "scanned" else {}
+    tx.update(grad_fn(params, stack[0]), tx.init(params), params, **more)
     assert seen["grad_fn"] == {jnp.dtype("bfloat16")}
     assert seen["inner_transform"] == {jnp.dtype("float32")}
 

@@ -405,17 +405,17 @@ def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, A
     """What stands in the place of a state and has no class that says what it is.
 
     Optax nests states in tuples (`chain`) and dictionaries (`named_chain`); states
-    themselves are NamedTuples.
+    themselves are NamedTuples, or tuples that hold arrays.
     """
-    children: Any = ()
     if isinstance(node, tuple) and not hasattr(node, "_fields"):
-        children = enumerate(node)
+        for index, child in enumerate(node):
+            if not jax.tree_util.all_leaves([child]):
+                yield from _without_class(child, f"{place}[{index}]")
     elif isinstance(node, dict) and node:
-        children = node.items()
+        for name, child in node.items():
+            yield from _without_class(child, f"{place}[{name!r}]")
     elif isinstance(node, Mapping | list | None) or jax.tree_util.all_leaves([node]):
         yield place, node
-    for key, child in children:
-        yield from _without_class(child, f"{place}[{key!r}]")
 
 
 def _plain(tree: Any) -> Any:
