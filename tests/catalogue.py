@@ -538,6 +538,7 @@ METHODS = [
         },
         bad=[
             *ENSEMBLE_BAD,
+            ({"antithetic": -1.0}, TypeError, "`antithetic` must be True or False"),
             ({"outer": 0.1}, TypeError, "`outer` must be an optax"),
             ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of"),
             ({"batch_size": 3}, ValueError, "`batch_size` must divide .* 4, got 3"),

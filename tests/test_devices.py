@@ -84,8 +84,8 @@ def floats(tree: Any) -> list[jax.Array]:
 
 
 def assert_matches(found, expected):
-    # x - mu cancels digits, which a division by its size brings back.
-    assert_close(floats(found), floats(expected))
+    # x - mu cancels digits; RMSProp's learning rate / eps = 100 brings them back.
+    assert_close(floats(found), floats(expected), factor=10)
 
 
 def assert_sharded(tree, mesh):

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 
 import optax_flat
 from optax_flat._core.noise import (
+    _SCALE,
     KINDS,
     _mix,
+    _normal,
     _numbers,
     draw,
     draw_from,
@@ -54,6 +57,18 @@ def test_normal_is_normal():
     assert distance < 2.0 / np.sqrt(z.size)  # exceeded with probability 7e-4
     beyond_4 = (np.abs(z) > 4).sum()  # expected 63
     assert 25 < beyond_4 < 105
+
+
+def test_normal_inverts_the_distribution():
+    """On all levels of the words alike, against SciPy; and its moments."""
+    words = (np.arange(-(2**31), 2**31, 2**12) + 2**11).astype(np.int32)
+    z = np.asarray(_SCALE * _normal(jnp.asarray(words)), float)
+    level = (words.astype(float) + 2**31 + 0.5) / 2**32
+    assert np.abs(scipy.stats.norm.cdf(z) - level).max() < 4e-5
+    assert np.abs(z).max() < 5.4
+    assert abs(z.mean()) < 1e-6
+    assert abs((z**2).mean() - 1) < 2e-5
+    assert abs((z**4).mean() - 3) < 2e-3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -224,7 +239,7 @@ def test_noise_is_made_where_it_is_used(mode, kind, hlo):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_noise_adds_little_to_the_program(kind, hlo):
-    """As users compile it: instructions per leaf, and the same code for equal leaves."""
+    """As users compile it: instructions per leaf, and one code for equal leaves."""
 
     def sizes(leaves, **noise):
         params = {f"leaf_{i}": jnp.zeros((24, 16)) for i in range(leaves)}

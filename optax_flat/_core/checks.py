@@ -171,12 +171,25 @@ def key(value: Any) -> jax.Array:
 
 def float_dtype(name: str, value: Any) -> Any:
     """A floating-point dtype, or None."""
-    if value is not None and not jnp.issubdtype(jnp.dtype(value), jnp.floating):
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    if value is not None and (
+        is_array or not jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    ):
         raise TypeError(
             f"`{name}` must be a floating-point dtype such as jnp.float32, or None for "
             f"at least float32, got {value!r}."
         )
     return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool | np.bool):
+        raise TypeError(
+            f"`{name}` must be True or False, got {value!r} of type "
+            f"{type(value).__name__}."
+        )
+    return bool(value)
 
 
 def transformation(name: str, value: Any) -> optax.GradientTransformation:

@@ -33,8 +33,7 @@ import numpy as np
 
 KINDS = ("normal", "rademacher")
 
-# Odd, and not special: see the tests of correlation. Three rounds are needed, two fail.
-_MULTIPLIER = np.uint32(0xAC4C1B51)
+_MULTIPLIER = np.uint32(0xAC4C1B51)  # odd, of no pattern
 _SHIFT = np.uint32(16)
 _NUMBERS = 2**32  # that `mix` permutes
 
@@ -104,8 +103,8 @@ def _numbers(leaves):
         blocks, size = math.prod(outer), math.prod(inner)
         if blocks > 1 or first + size > _NUMBERS:
             first, block = 0, block + 1
-        # An array of two: a single number would be part of the program, and XLA compiles
-        # equal programs only once, so one for each shape and not one for each leaf.
+        # An array of two: a number would be part of the program, and XLA compiles equal
+        # programs only once, so one for each shape and not one for each leaf.
         yield np.array([first % _NUMBERS, 0], np.uint32), np.uint32(block)
         first, block = first + size, block + blocks - 1
 

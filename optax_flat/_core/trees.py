@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 
 def is_key(leaf: Any) -> bool:
@@ -17,7 +18,7 @@ def is_key(leaf: Any) -> bool:
 
 def is_traced(tree: Any) -> bool:
     """Whether a leaf stands for a value that is known only when the program runs."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
@@ -84,7 +85,7 @@ def arrays(tree: Any) -> Any:
     )
 
 
-def copy(tree: Any, params: optax.Params = None) -> Any:
+def copy(tree: Any, params: Any = None) -> Any:
     """A new state: every leaf in a buffer of its own, parts like the params sharded so.
 
     State and params can be donated together then. Under `jit` the buffers that begin

@@ -142,9 +142,9 @@ def elastic_averaging(
             )
         offset = optax.tree.sub(_replica_mean(x, axis_name), x)
         count = jnp.zeros([], jnp.int32)
-        return trees.copy(ElasticAveragingState(count, offset, outer_state))
+        return trees.copy(ElasticAveragingState(count, offset, outer_state), x)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         x = trees.accumulator(params, accumulator_dtype)

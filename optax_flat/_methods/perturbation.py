@@ -180,6 +180,7 @@ def perturbation_gradient(
     ensemble_size = checks.integer("ensemble_size", ensemble_size, 1)
     batch_size = checks.chunk("batch_size", batch_size, ensemble_size)
     checks.choice("noise_kind", noise_kind, KINDS)
+    antithetic = checks.flag("antithetic", antithetic)
     ensembles.check_spread(spread)
     key = checks.key(key)
 

@@ -195,7 +195,7 @@ def _check_stack(batches):
 def _check_loss(returned, has_aux):
     """What `loss_fn` returned, a scalar or with `has_aux` a pair."""
     is_pair = isinstance(returned, tuple) and len(returned) == 2
-    loss = returned[0] if has_aux and is_pair else returned
+    loss: Any = returned[0] if has_aux and is_pair else returned
     if has_aux != is_pair or not jax.tree_util.all_leaves([loss]):
         wanted = "(loss, aux)" if has_aux else "the loss alone"
         raise ValueError(
