@@ -109,20 +109,18 @@ def programs() -> dict[str, Callable[..., Any]]:
     """An outer update `(params, batches) -> params, state` of each method."""
     sgd, walk = optax.sgd(0.1), {"num_steps": LENGTH, "key": 0}
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
-    made = {
+    return {
         "sgd": data_parallel(sgd),
         "averaged": data_parallel(optax.chain(sgd, optax.ema(0.99))),
         "sam": data_parallel(optax.contrib.sam(sgd, ascent)),
         "entropy_sgd": data_parallel(
             optax_flat.entropy_sgd(1.0, mode="transparent", **walk)
         ),
+        "parle": replicas(optax_flat.parle(1.0, axis_name="devices", **walk)),
     }
-    if hasattr(optax_flat, "parle"):
-        made["parle"] = replicas(optax_flat.parle(1.0, axis_name="devices", **walk))
-    return made
 
 
-def count(update: Callable[..., Any], devices: int, examples: int, width: int) -> Any:
+def count(method: str, devices: int, examples: int, width: int) -> Any:
     """Costs of the program on one of the devices; the examples are those of all."""
     mesh = jax.make_mesh((devices,), ("devices",), (AxisType.Auto,))
 
@@ -137,9 +135,8 @@ def count(update: Callable[..., Any], devices: int, examples: int, width: int) -
         lambda x: jax.ShapeDtypeStruct((LENGTH, *x.shape), x.dtype), batch
     )
     with jax.set_mesh(mesh):
-        program = hlo.compiled(
-            jax.jit(update), on(params), on(batches, None, "devices")
-        )
+        update = jax.jit(programs()[method])  # a new one: JAX keeps the mesh of the last
+        program = hlo.compiled(update, on(params), on(batches, None, "devices"))
     return hlo.costs(program)
 
 
@@ -205,11 +202,11 @@ def main() -> None:
         method, scaling, devices = name.split("/")
         n = int(devices)
         of_all = examples * n if scaling == "weak" else examples
-        costs = count(known[method], n, of_all, width)
+        costs = count(method, n, of_all, width)
         seconds = model_seconds(costs, n, **machine)
         ideal = n if scaling == "strong" else 1
         if method not in alone:
-            on_one = count(known[method], 1, examples, width)
+            on_one = count(method, 1, examples, width)
             alone[method] = model_seconds(on_one, 1, **machine)
         rows.record(
             name,
