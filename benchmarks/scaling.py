@@ -135,7 +135,9 @@ def count(method: str, devices: int, examples: int, width: int) -> Any:
         lambda x: jax.ShapeDtypeStruct((LENGTH, *x.shape), x.dtype), batch
     )
     with jax.set_mesh(mesh):
-        update = jax.jit(programs()[method])  # a new one: JAX keeps the mesh of the last
+        update = jax.jit(
+            programs()[method]
+        )  # a new one: JAX keeps the mesh of the last
         program = hlo.compiled(update, on(params), on(batches, None, "devices"))
     return hlo.costs(program)
 
