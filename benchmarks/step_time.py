@@ -312,12 +312,17 @@ def compilation(name: str, sizes: Sizes, num_steps: int, seed: int) -> Row:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Bars of the time relative to Nesterov-SGD, one panel for each model."""
+    """Bars of the time relative to Nesterov-SGD, one panel for each measured model."""
+    measured = [row["method"].split("/") for row in rows]
+    models = [m for m in MODELS if any(m == model for model, _, _ in measured)]
+    loops = [k for k in LOOPS if any(k == loop for _, _, loop in measured)]
+    size = (1 + 3 * len(models), 3.6)
     figure, panels = plt.subplots(
-        1, 2, figsize=(7, 3.6), sharey=True, layout="constrained"
+        1, len(models), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
-    for panel, model in zip(panels, MODELS, strict=True):
-        for shift, (loop, colour) in enumerate(zip(LOOPS, COLOURS, strict=False)):
+    panels = panels[0]
+    for panel, model in zip(panels, models, strict=True):
+        for shift, (loop, colour) in enumerate(zip(loops, COLOURS, strict=False)):
             ratios = {}
             for row in rows:
                 of_model, name, of_loop = row["method"].split("/")
