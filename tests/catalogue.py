@@ -314,6 +314,7 @@ METHODS = [
         closed_form_arguments=NOISELESS | {"momentum": 0.0},
         bad=[
             *LOCAL_ENTROPY_BAD,
+            ({"nesterov": 2.0}, TypeError, "`nesterov` must be True or False, got"),
             ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in"),
             (
                 {"momentum": 1.5},
@@ -574,6 +575,7 @@ METHODS = [
         closed_form_updates=3,
         bad=[
             *ENSEMBLE_BAD,
+            ({"output_axis_name": 2.0}, TypeError, "`output_axis_name` must be the"),
             ({"step_size": -1.0}, ValueError, "`step_size` must lie in"),
             ({"eps": -1.0}, ValueError, "`eps` must lie in"),
             ({"momentum": 1.5}, ValueError, r"`momentum` must lie in \[0, 1\]"),

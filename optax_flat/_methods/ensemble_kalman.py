@@ -594,6 +594,11 @@ def _members(size, sharding):
 
 
 def _check_axes(output_axis_name, sharding):
+    if output_axis_name is not None and not isinstance(output_axis_name, str):
+        raise TypeError(
+            "`output_axis_name` must be the name of an axis of jax.shard_map, or None, "
+            f"got {output_axis_name!r} of type {type(output_axis_name).__name__}."
+        )
     if output_axis_name is not None and sharding is not None:
         raise ValueError(
             "`sharding` spreads the members in a shard_map of its own, so it cannot be "

@@ -600,7 +600,7 @@ def momentum_sgd(
     checks.number("momentum", momentum, 0.0, 1.0)
     no_momentum = isinstance(momentum, int | float) and momentum == 0
     return scheduled(
-        functools.partial(optax.sgd, nesterov=nesterov),
+        functools.partial(optax.sgd, nesterov=checks.flag("nesterov", nesterov)),
         learning_rate=learning_rate,
         momentum=None if no_momentum else momentum,
     )
