@@ -572,12 +572,13 @@ def test_sharded_ensemble():
         "ensemble_size": 16, "spread": 0.5, "eps": 0.1, "momentum": 0.7,
         "output_noise": 0.1, "resample": 3, "key": 0,
     }  # fmt: skip
-    x = {"w": jnp.asarray(RNG.normal(size=(4, 5)), jnp.float32), "b": jnp.zeros(5)}
-    inputs = jnp.asarray(RNG.normal(size=(7, 4)), jnp.float32)
+    rng = np.random.default_rng(0)  # its own, for the order of tests may change
+    x = {"w": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32), "b": jnp.zeros(5)}
+    inputs = jnp.asarray(rng.normal(size=(7, 4)), jnp.float32)
 
     def output_fn(p):
-        # One member, the one with the largest bias, fails now and then.
-        return jnp.tanh(inputs @ p["w"] + p["b"]) / (p["b"][0] < 0.9)
+        # Members with a large bias fail.
+        return jnp.tanh(inputs @ p["w"] + p["b"]) / (p["b"][0] < 0.7)
 
     functions = {"output_fn": output_fn, "loss_fn": lambda z: jnp.sum((z - 1.0) ** 2)}
     spread_out = optax_flat.ensemble_kalman(sharding=sharding, **settings)
