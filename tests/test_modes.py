@@ -481,3 +481,27 @@ def test_the_guard_excuses_what_was_infinite_before(mode):
     run = train(tx, mode, ragged_params(), batches(1, 2))
     assert int(run.state.skipped) == 0
     assert largest_difference(run.params, ragged_params()) > 1e-4
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_updates_that_are_not_jitted_compile_once(mode):
+    """The second one finds every operation compiled."""
+    compilations = []
+
+    def count(event, duration, **unused):
+        if "backend_compile" in event:
+            compilations.append(event)
+
+    tx = optax_flat.entropy_sgd(0.5, num_steps=3, noise=0.1, mode=mode, key=0)
+    params, stack = ragged_params(), batches(1, 3)[0]
+    grad_fn = jax.grad(loss)
+    more = {"grad_fn": grad_fn, "batches": stack[1:]} if mode == "scanned" else {}
+    state, counts = tx.init(params), []
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        for _ in range(5):  # all gradients of a transparent walk, and some again
+            _, state = tx.update(grad_fn(params, stack[0]), state, params, **more)
+            counts.append(len(compilations))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    assert counts[-1] == counts[2]
