@@ -765,3 +765,16 @@ def test_other_errors():
         optax_flat.ensemble_kalman(
             ensemble_size=5, spread=0.1, sharding=sharding, key=0
         )
+
+
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 3), (3, 3)])
+def test_spread_that_does_not_fit(shape):
+    spread, params = jnp.ones(shape), jnp.zeros((2, 3))
+    for make in (
+        lambda: optax_flat.ensemble_kalman(ensemble_size=3, spread=spread, key=0),
+        lambda: optax_flat.perturbation_gradient(
+            optax.sgd(0.1), ensemble_size=3, spread=spread, key=0
+        ),
+    ):
+        with pytest.raises(ValueError, match="broadcasts .* for a leaf of shape"):
+            make().init(params)

@@ -31,13 +31,25 @@ def check_spread(spread: Any) -> None:
 def deviations_like(spread: Any, params: optax.Params) -> Any:
     """`spread`, a tree prefix of the params, as a tree of numbers like them."""
     try:
-        return jax.tree.broadcast(spread, params)
+        deviations = jax.tree.broadcast(spread, params)
     except ValueError as error:
         raise ValueError(
             "`spread` must be one float or a tree of floats whose structure begins "
             f"like that of the params.\n  got:      {jax.tree.structure(spread)}\n"
             f"  expected: {jax.tree.structure(params)}"
         ) from error
+    for deviation, leaf in zip(
+        *map(jax.tree.leaves, (deviations, params)), strict=True
+    ):
+        shape = jnp.shape(deviation)
+        # An array of deviations may have fewer axes than its leaf, or axes of length 1.
+        ends = zip(reversed(shape), reversed(leaf.shape), strict=False)
+        if len(shape) > leaf.ndim or any(ours not in (1, its) for ours, its in ends):
+            raise ValueError(
+                "`spread` must be one float for each leaf, or an array that broadcasts "
+                f"to it, got shape {shape} for a leaf of shape {leaf.shape}."
+            )
+    return deviations
 
 
 def check_functions(params: Any, **functions: Any) -> None:
