@@ -125,7 +125,10 @@ def bounded_loss(params, batch):
 def outcome(method, example) -> str:
     """ "finite" or "refused"; anything else is a fault, and described."""
     arguments = method.arguments | method.loop(example.mode) | example.arguments
+    # A schedule's values cannot be checked: only values that are allowed are scheduled.
+    constants = {k: v(0) if callable(v) else v for k, v in example.arguments.items()}
     try:
+        method.factory(**method.arguments | method.loop(example.mode) | constants)
         tx = method.factory(**arguments)
         changed = _changed_types(tx, method, example, arguments)
     except Exception as error:
@@ -134,8 +137,7 @@ def outcome(method, example) -> str:
         return changed
     values = tuple(s * leaf for s, leaf in zip(example.scales, VALUES, strict=True))
     # Numbers are traced, so that one program serves all examples.
-    numbers = {k: v for k, v in example.arguments.items() if k in method.floats}
-    numbers = {k: v(0) if callable(v) else v for k, v in numbers.items()}
+    numbers = {k: v for k, v in constants.items() if k in method.floats}
     fixed = _defaults(method) | method.arguments | method.noisy
     numbers = {k: numbers.get(k, fixed[k]) for k in method.floats}
     if not _all_finite(method.name, example.mode)(values, numbers):

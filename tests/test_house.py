@@ -109,13 +109,14 @@ def test_naming_rules():
         optional = [p for p in parameters[2:] if p.default is not p.empty]
         assert all(p.kind is p.KEYWORD_ONLY for p in optional), name
         assert all(p.annotation is not p.empty for p in parameters), name
+        text = inspect.getdoc(value)
         for section in ("Args:", "Returns:", "Example:"):
-            assert section in value.__doc__, f"{name}: {section}"
+            assert section in text, f"{name}: {section}"
         for parameter in parameters:
-            assert f"      {parameter.name}: " in value.__doc__, (name, parameter.name)
+            assert f"\n  {parameter.name}: " in text, (name, parameter.name)
         if hasattr(value, "static_args"):
             for section in ("Raises:", "References:", "Differs from the paper:"):
-                assert section in value.__doc__, f"{name}: {section}"
+                assert section in text, f"{name}: {section}"
 
 
 def test_version():

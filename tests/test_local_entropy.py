@@ -225,7 +225,7 @@ def test_entropy_adam_is_adam_on_the_displacement(amsgrad, x64):
 
 def test_no_key_default():
     for factory in (optax_flat.entropy_sgd, optax_flat.entropy_adam):
-        with pytest.raises(TypeError, match="missing 1 required .* 'key'"):
+        with pytest.raises(TypeError, match="missing a required .* 'key'"):
             factory(0.1)
 
 

@@ -1,41 +1,11 @@
-"""Hyperparameters that are floats or schedules, and arguments that stay static."""
+"""Hyperparameters that are floats or schedules."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, ParamSpec, Protocol, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-
-P = ParamSpec("P")
-
-
-class Factory(Protocol[P]):
-    """A function that makes an optimizer and names its static arguments."""
-
-    static_args: tuple[str, ...]
-
-    def __call__(
-        self, *args: P.args, **kwargs: P.kwargs
-    ) -> optax.GradientTransformationExtraArgs:
-        """Makes the optimizer."""
-        ...
-
-
-def static_args(
-    *names: str,
-) -> Callable[
-    [Callable[P, optax.GradientTransformationExtraArgs]],
-    Factory[P],
-]:
-    """Marks a factory's arguments that `optax.inject_hyperparams` must not touch."""
-
-    def mark(factory: Callable[P, Any]) -> Factory[P]:
-        setattr(factory, "static_args", names)  # noqa: B010 - a plain function
-        return cast(Factory[P], factory)
-
-    return mark
-
 
 def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
     """The value of a float or a schedule at an outer update."""

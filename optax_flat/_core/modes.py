@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, layout, trees
+from optax_flat._core.arguments import LoopArguments
 from optax_flat._core.walk import Walk
 
 MODES = ("scanned", "transparent")
@@ -438,27 +439,15 @@ def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
 
 
 def build(
-    walk: Walk,
-    *,
-    mode: str,
-    inner_transform: optax.GradientTransformation | None,
-    unroll: int | bool,
-    has_aux: bool,
-    skip_nonfinite: bool,
+    walk: Walk, arguments: LoopArguments
 ) -> optax.GradientTransformationExtraArgs:
     """The walk in the mode that a method's user asked for."""
-    checks.choice("mode", mode, MODES)
-    if mode == "transparent":
-        return transparent(
-            walk, inner_transform=inner_transform, skip_nonfinite=skip_nonfinite
-        )
-    return scanned(
-        walk,
-        inner_transform=inner_transform,
-        unroll=unroll,
-        has_aux=has_aux,
-        skip_nonfinite=skip_nonfinite,
-    )
+    loop: dict[str, Any] = dict(arguments)
+    checks.float_dtype("accumulator_dtype", loop["accumulator_dtype"])
+    in_both = {name: loop[name] for name in ("inner_transform", "skip_nonfinite")}
+    if checks.choice("mode", loop["mode"], MODES) == "transparent":
+        return transparent(walk, **in_both)
+    return scanned(walk, unroll=loop["unroll"], has_aux=loop["has_aux"], **in_both)
 
 
 def _loop(body, carry, xs, *, length, unroll):

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, layout, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import factory
+from optax_flat._core.hyperparams import at
 
 
 class AdagradState(NamedTuple):
@@ -42,7 +43,7 @@ class ClipByLeafNormState(NamedTuple):
     count: jax.Array  # int32, [], updates made
 
 
-@static_args("eps_in_sqrt", "initial_accumulator_value")
+@factory
 def adagrad(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -132,7 +133,7 @@ def adagrad(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@static_args("initial_update")
+@factory
 def adadelta(
     learning_rate: optax.ScalarOrSchedule = 1.0,
     *,
@@ -225,7 +226,7 @@ def adadelta(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@static_args()
+@factory
 def clip_by_leaf_norm(
     max_norm: optax.ScalarOrSchedule,
 ) -> optax.GradientTransformationExtraArgs:

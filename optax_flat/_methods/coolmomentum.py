@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, layout, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import factory
+from optax_flat._core.hyperparams import at
 
 
 class CoolMomentumState(NamedTuple):
@@ -35,7 +36,7 @@ class CoolMomentumState(NamedTuple):
         return trees.vdot(self.mu, self.mu) / max(size, 1)
 
 
-@static_args()
+@factory
 def coolmomentum(
     learning_rate: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule = 0.99,

@@ -29,7 +29,8 @@ import numpy as np
 import optax
 
 from optax_flat._core import checks, ensembles, keys, layout, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import factory
+from optax_flat._core.hyperparams import at
 from optax_flat._core.noise import draw
 
 # What draws are for: folded into the key of an update; the first into the method's own,
@@ -114,16 +115,7 @@ class _Members(NamedTuple):
         return jax.lax.fori_loop(0, self.shards, body, (zeros, tree))[0]
 
 
-@static_args(
-    "ensemble_size",
-    "spread",
-    "resample",
-    "noise_covariance",
-    "batch_size",
-    "output_axis_name",
-    "sharding",
-    "key",
-)
+@factory
 def ensemble_kalman(
     step_size: optax.ScalarOrSchedule = 1.0,
     *,

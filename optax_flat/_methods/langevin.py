@@ -28,7 +28,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, keys, layout, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import factory
+from optax_flat._core.hyperparams import at
 from optax_flat._core.noise import KINDS, draw
 
 
@@ -55,7 +56,7 @@ class SGHMCState(NamedTuple):
     mu: optax.Updates  # velocity, at least float32
 
 
-@static_args("noise_kind", "key")
+@factory
 def add_langevin_noise(
     step_size: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,
@@ -136,7 +137,7 @@ def add_langevin_noise(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@static_args("noise_kind", "key")
+@factory
 def sgld(
     learning_rate: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,
@@ -217,7 +218,7 @@ def sgld(
     return optax.GradientTransformationExtraArgs(noise.init, update)
 
 
-@static_args("noise_kind", "key")
+@factory
 def psgld(
     learning_rate: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,
@@ -322,7 +323,7 @@ def psgld(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@static_args("noise_kind", "key")
+@factory
 def sghmc(
     learning_rate: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,

@@ -24,7 +24,7 @@ of `entropy_sgd`'s docstring.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -32,23 +32,64 @@ import optax
 
 from optax_flat import schedules
 from optax_flat._core import checks, keys, modes, trees
-from optax_flat._core.hyperparams import at, scheduled, static_args
+from optax_flat._core.arguments import (
+    Argument,
+    KeyArgument,
+    LoopArguments,
+    factory,
+)
+from optax_flat._core.hyperparams import at, scheduled
 from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 from optax_flat._core.walk import Walk
 
-# What optax.inject_hyperparams must leave alone: structure, not numbers.
-STATIC = (
-    "num_steps",
-    "noise_kind",
-    "inner_transform",
-    "mode",
-    "unroll",
-    "has_aux",
-    "skip_nonfinite",
-    "accumulator_dtype",
-    "diagnostics",
-    "key",
-)
+class WalkArguments(TypedDict, total=False):
+    """What every method with this walk takes."""
+
+    num_steps: Annotated[int, Argument(20, "L, inner steps per outer update, >= 1.")]
+    step_size: Annotated[
+        optax.ScalarOrSchedule, Argument(0.1, "step of the walk, >= 0.")
+    ]
+    gamma: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(0.03, "stiffness of the spring that holds the walk near x, >= 0."),
+    ]
+    scoping: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(1e-3, "growth of gamma per outer update, > -1."),
+    ]
+    noise: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(
+            1e-4,
+            "inner noise, >= 0; an inner step is displaced by "
+            "``sqrt(step_size) * noise * z``, so the walk has the temperature "
+            "noise^2 / 2.",
+        ),
+    ]
+    averaging: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(0.75, "weight of the *new* iterate in the running mean, in (0, 1]."),
+    ]
+    noise_kind: Annotated[
+        str,
+        Argument(
+            "normal",
+            '"normal", or "rademacher": independent signs, much cheaper and of the '
+            "same weak order.",
+        ),
+    ]
+    diagnostics: Annotated[
+        bool,
+        Argument(
+            False,
+            "whether the state reports what the authors' code prints in verbose mode: "
+            "norms, cosine, distance and gamma, see the example of `local_entropy`.",
+        ),
+    ]
+
+
+class LocalEntropyArguments(WalkArguments, LoopArguments, KeyArgument):
+    """All that `local_entropy` takes beside its outer optimizer."""
 
 
 class Diagnostics(NamedTuple):
@@ -187,25 +228,10 @@ def _walk(
     return Walk(num_steps, init, start, step, finish)
 
 
-@static_args("outer", *STATIC)
+@factory
 def local_entropy(
     outer: optax.GradientTransformation,
-    *,
-    num_steps: int = 20,
-    step_size: optax.ScalarOrSchedule = 0.1,
-    gamma: optax.ScalarOrSchedule = 0.03,
-    scoping: optax.ScalarOrSchedule = 1e-3,
-    noise: optax.ScalarOrSchedule = 1e-4,
-    averaging: optax.ScalarOrSchedule = 0.75,
-    noise_kind: str = "normal",
-    inner_transform: optax.GradientTransformation | None = None,
-    mode: str = "scanned",
-    unroll: int | bool = 1,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    accumulator_dtype: Any = None,
-    diagnostics: bool = False,
-    key: jax.typing.ArrayLike,
+    **arguments: Unpack[LocalEntropyArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Feeds the local-entropy gradient to any outer optimizer.
 
@@ -232,31 +258,6 @@ def local_entropy(
     Args:
       outer: an Optax optimizer that takes d, e.g. ``optax.sgd(1.0)``. It sees the
         anchor x as params, and all its state is in the accumulator dtype.
-      num_steps: inner steps per outer update, >= 1.
-      step_size: step of the walk, >= 0.
-      gamma: stiffness of the spring that holds the walk near x, >= 0.
-      scoping: growth of gamma per outer update, > -1.
-      noise: inner noise, >= 0; an inner step is displaced by
-        ``sqrt(step_size) * noise * z``, so the walk has the temperature noise^2 / 2.
-      averaging: weight of the *new* iterate in the running mean, in (0, 1].
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      inner_transform: an Optax transformation of every inner gradient, before spring
-        and noise are added: clipping, weight decay, momentum. Its state starts afresh
-        at every outer update.
-      mode: "scanned" (one call of `update` is one outer update; it needs `grad_fn`) or
-        "transparent" (one call is one gradient; its updates must be applied as they
-        are).
-      unroll: scanned mode only, as in `jax.lax.scan`; True for convolutions on CPU.
-      has_aux: scanned mode only: `grad_fn` is ``(params, batch, aux) -> (grads, aux)``.
-      skip_nonfinite: an outer update in which anything became non-finite changes
-        nothing and is counted in the state's `skipped`.
-      accumulator_dtype: dtype of anchor, walk and mean; None is at least float32. The
-        params keep their own: in bfloat16 an outer update below their spacing rounds
-        away, as with any Optax optimizer.
-      diagnostics: whether the state reports what the authors' code prints in verbose
-        mode, see the example.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -293,53 +294,32 @@ def local_entropy(
       diverges, which the default scoping reaches after 6,500 outer updates.
     """
     checks.transformation("outer", outer)
-    num_steps = checks.integer("num_steps", num_steps, 1)
-    checks.number("step_size", step_size, 0.0)
-    checks.number("gamma", gamma, 0.0)
-    checks.number("scoping", scoping, -1.0, open_low=True)
-    checks.number("noise", noise, 0.0)
-    checks.number("averaging", averaging, 0.0, 1.0, open_low=True)
-    checks.choice("noise_kind", noise_kind, KINDS)
+    numbers = _Hyperparams(*(arguments[name] for name in _Hyperparams._fields))
+    checks.number("step_size", numbers.step_size, 0.0)
+    checks.number("gamma", numbers.gamma, 0.0)
+    checks.number("scoping", numbers.scoping, -1.0, open_low=True)
+    checks.number("noise", numbers.noise, 0.0)
+    checks.number("averaging", numbers.averaging, 0.0, 1.0, open_low=True)
+    dtype = arguments["accumulator_dtype"]
     walk = _walk(
         outer,
-        _Hyperparams(step_size, gamma, scoping, noise, averaging),
-        num_steps=num_steps,
-        noise_kind=noise_kind,
-        accumulator_dtype=checks.float_dtype("accumulator_dtype", accumulator_dtype),
-        diagnostics=diagnostics,
-        key=checks.key(key),
+        numbers,
+        num_steps=checks.integer("num_steps", arguments["num_steps"], 1),
+        noise_kind=checks.choice("noise_kind", arguments["noise_kind"], KINDS),
+        accumulator_dtype=checks.float_dtype("accumulator_dtype", dtype),
+        diagnostics=checks.flag("diagnostics", arguments["diagnostics"]),
+        key=checks.key(arguments["key"]),
     )
-    return modes.build(
-        walk,
-        mode=mode,
-        inner_transform=inner_transform,
-        unroll=unroll,
-        has_aux=has_aux,
-        skip_nonfinite=skip_nonfinite,
-    )
+    return modes.build(walk, arguments)
 
 
-@static_args("nesterov", *STATIC)
+@factory
 def entropy_sgd(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: optax.ScalarOrSchedule = 0.0,
     nesterov: bool = False,
-    num_steps: int = 20,
-    step_size: optax.ScalarOrSchedule = 0.1,
-    gamma: optax.ScalarOrSchedule = 0.03,
-    scoping: optax.ScalarOrSchedule = 1e-3,
-    noise: optax.ScalarOrSchedule = 1e-4,
-    averaging: optax.ScalarOrSchedule = 0.75,
-    noise_kind: str = "normal",
-    inner_transform: optax.GradientTransformation | None = None,
-    mode: str = "scanned",
-    unroll: int | bool = 1,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    accumulator_dtype: Any = None,
-    diagnostics: bool = False,
-    key: jax.typing.ArrayLike,
+    **walk: Unpack[LocalEntropyArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Entropy-SGD: gradient descent on the local entropy of the loss.
 
@@ -355,21 +335,6 @@ def entropy_sgd(
       learning_rate: step of the outer update, >= 0.
       momentum: decay of the outer momentum, in [0, 1]; 0 keeps no buffer.
       nesterov: whether the outer momentum is Nesterov's.
-      num_steps: see `local_entropy`, as all that follow.
-      step_size: step of the walk.
-      gamma: stiffness of the spring.
-      scoping: growth of gamma per outer update.
-      noise: inner noise.
-      averaging: weight of the new iterate in the mean.
-      noise_kind: "normal" or "rademacher".
-      inner_transform: applied to every inner gradient.
-      mode: "scanned" or "transparent".
-      unroll: as in `jax.lax.scan`.
-      has_aux: whether `grad_fn` threads auxiliary state.
-      skip_nonfinite: whether a non-finite outer update is skipped and counted.
-      accumulator_dtype: None is at least float32.
-      diagnostics: whether the state reports norms, cosine, distance and gamma.
-      key: PRNG key or int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -454,25 +419,11 @@ def entropy_sgd(
     """
     return local_entropy(
         momentum_sgd(learning_rate, momentum, nesterov),
-        num_steps=num_steps,
-        step_size=step_size,
-        gamma=gamma,
-        scoping=scoping,
-        noise=noise,
-        averaging=averaging,
-        noise_kind=noise_kind,
-        inner_transform=inner_transform,
-        mode=mode,
-        unroll=unroll,
-        has_aux=has_aux,
-        skip_nonfinite=skip_nonfinite,
-        accumulator_dtype=accumulator_dtype,
-        diagnostics=diagnostics,
-        key=key,
+        **walk,
     )
 
 
-@static_args("amsgrad", *STATIC)
+@factory
 def entropy_adam(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -480,21 +431,7 @@ def entropy_adam(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     amsgrad: bool = False,
-    num_steps: int = 20,
-    step_size: optax.ScalarOrSchedule = 0.1,
-    gamma: optax.ScalarOrSchedule = 0.03,
-    scoping: optax.ScalarOrSchedule = 1e-3,
-    noise: optax.ScalarOrSchedule = 1e-4,
-    averaging: optax.ScalarOrSchedule = 0.75,
-    noise_kind: str = "normal",
-    inner_transform: optax.GradientTransformation | None = None,
-    mode: str = "scanned",
-    unroll: int | bool = 1,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    accumulator_dtype: Any = None,
-    diagnostics: bool = False,
-    key: jax.typing.ArrayLike,
+    **walk: Unpack[LocalEntropyArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Entropy-Adam: Adam on the local entropy of the loss.
 
@@ -509,23 +446,8 @@ def entropy_adam(
       learning_rate: step of the outer update, >= 0.
       b1: decay of the first moment, in [0, 1).
       b2: decay of the second moment, in [0, 1).
-      eps: added to the root of the second moment, >= 0.
+      eps: added to the root of the second moment, > 0.
       amsgrad: whether the largest second moment so far is used (`optax.amsgrad`).
-      num_steps: see `local_entropy`, as all that follow.
-      step_size: step of the walk.
-      gamma: stiffness of the spring.
-      scoping: growth of gamma per outer update.
-      noise: inner noise.
-      averaging: weight of the new iterate in the mean.
-      noise_kind: "normal" or "rademacher".
-      inner_transform: applied to every inner gradient.
-      mode: "scanned" or "transparent".
-      unroll: as in `jax.lax.scan`.
-      has_aux: whether `grad_fn` threads auxiliary state.
-      skip_nonfinite: whether a non-finite outer update is skipped and counted.
-      accumulator_dtype: None is at least float32.
-      diagnostics: whether the state reports norms, cosine, distance and gamma.
-      key: PRNG key or int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -562,7 +484,7 @@ def entropy_adam(
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("b1", b1, 0.0, 1.0, open_high=True)
     checks.number("b2", b2, 0.0, 1.0, open_high=True)
-    checks.number("eps", eps, 0.0)
+    checks.number("eps", eps, 0.0, open_low=True)
     outer = scheduled(
         optax.amsgrad if amsgrad else optax.adam,
         learning_rate=learning_rate,
@@ -572,21 +494,7 @@ def entropy_adam(
     )
     return local_entropy(
         outer,
-        num_steps=num_steps,
-        step_size=step_size,
-        gamma=gamma,
-        scoping=scoping,
-        noise=noise,
-        averaging=averaging,
-        noise_kind=noise_kind,
-        inner_transform=inner_transform,
-        mode=mode,
-        unroll=unroll,
-        has_aux=has_aux,
-        skip_nonfinite=skip_nonfinite,
-        accumulator_dtype=accumulator_dtype,
-        diagnostics=diagnostics,
-        key=key,
+        **walk,
     )
 
 

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, layout, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import factory
+from optax_flat._core.hyperparams import at
 
 THRESHOLD = 0.51
 
@@ -36,7 +37,7 @@ class LossSlopeState(NamedTuple):
     unchecked: jax.Array  # int32, [], losses since the last check
 
 
-@static_args("patience")
+@factory
 def scale_by_loss_slope(
     patience: int = 2000,
     factor: optax.ScalarOrSchedule = 0.1,

@@ -13,14 +13,15 @@ kept; what its script does besides is at the end of `multipoint_nesterov`'s docs
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, modes, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import LoopArguments, factory
+from optax_flat._core.hyperparams import at
 from optax_flat._core.walk import Walk
 
 # The article's rules by name: nodes and weights.
@@ -48,28 +49,14 @@ class _Inner(NamedTuple):
     total: optax.Updates  # sum of a_i g_i so far
 
 
-@static_args(
-    "nodes",
-    "weights",
-    "inner_transform",
-    "mode",
-    "unroll",
-    "has_aux",
-    "skip_nonfinite",
-    "accumulator_dtype",
-)
+@factory
 def multipoint_nesterov(
     learning_rate: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule = 0.9,
     *,
     nodes: Sequence[float] | str = (1.0,),
     weights: Sequence[float] | None = None,
-    inner_transform: optax.GradientTransformation | None = None,
-    mode: str = "scanned",
-    unroll: int | bool = 1,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    accumulator_dtype: Any = None,
+    **loop: Unpack[LoopArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""SGD with momentum and gradients at several points of the coming step.
 
@@ -101,12 +88,6 @@ def multipoint_nesterov(
         of the article by name: "thirds" (1/3, 2/3, 1 with equal weights), "geometric"
         (1/2, 3/4, 1 with weights 1/7, 2/7, 4/7), "four" (1/4, 1/2, 3/4, 1, equal).
       weights: :math:`a_i`, finite, of sum 1, one for each node; None gives equal ones.
-      inner_transform: applied to the gradient at every node, see `scanned`.
-      mode: "scanned" or "transparent".
-      unroll: as in `jax.lax.scan`.
-      has_aux: whether `grad_fn` threads auxiliary state.
-      skip_nonfinite: whether a non-finite update is skipped and counted.
-      accumulator_dtype: of buffer and nodes; None is at least float32.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -151,7 +132,7 @@ def multipoint_nesterov(
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("momentum", momentum, 0.0, 1.0)
     nodes, weights = _check_rule(nodes, weights)
-    checks.float_dtype("accumulator_dtype", accumulator_dtype)
+    accumulator_dtype = loop["accumulator_dtype"]
 
     def init(params):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
@@ -186,14 +167,7 @@ def multipoint_nesterov(
         offset = optax.tree.sub(theta, there)
         return updates, MultipointNesterovState(count, v, offset)
 
-    return modes.build(
-        Walk(len(nodes), init, start, step, finish),
-        mode=mode,
-        inner_transform=inner_transform,
-        unroll=unroll,
-        has_aux=has_aux,
-        skip_nonfinite=skip_nonfinite,
-    )
+    return modes.build(Walk(len(nodes), init, start, step, finish), loop)
 
 
 def _check_rule(nodes, weights):

@@ -20,15 +20,17 @@ Papers: Chaudhari et al., arXiv 1707.00424 (Parle); Zhang et al., arXiv 1412.665
 (EASGD). Code: ucla-vision/parle. How we differ is at the end of the docstrings.
 """
 
+import inspect
 from collections.abc import Hashable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, modes, trees
-from optax_flat._core.hyperparams import at, static_args
+from optax_flat._core.arguments import Argument, factory
+from optax_flat._core.hyperparams import at
 from optax_flat._methods import local_entropy as walks
 
 
@@ -48,7 +50,44 @@ class ElasticAveragingState(NamedTuple):
         )
 
 
-@static_args("outer", "axis_name", "accumulator_dtype")
+class ParleArguments(walks.LocalEntropyArguments, total=False):
+    """Those of `local_entropy`, with the defaults of Parle's authors."""
+
+    num_steps: Annotated[int, Argument(25, "L, inner steps per outer update, >= 1.")]
+    gamma: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(
+            0.01, "stiffness of the spring that holds a walk near its replica, >= 0."
+        ),
+    ]
+    noise: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(0.0, "inner noise, >= 0; each replica draws its own."),
+    ]
+    averaging: Annotated[
+        optax.ScalarOrSchedule,
+        Argument(0.25, "weight of the *new* iterate in the running mean, in (0, 1]."),
+    ]
+    mode: Annotated[
+        str,
+        Argument(
+            "scanned",
+            '"scanned" or "transparent", see `local_entropy`. Under `jax.vmap` '
+            "transparent mode computes an outer update at every gradient, and uses one "
+            "of `num_steps`.",
+        ),
+    ]
+    key: Annotated[
+        jax.typing.ArrayLike,
+        Argument(
+            inspect.Parameter.empty,
+            "a typed or raw PRNG key, or an int, the same for all replicas: each folds "
+            "its index in.",
+        ),
+    ]
+
+
+@factory
 def elastic_averaging(
     outer: optax.GradientTransformation,
     *,
@@ -169,7 +208,7 @@ def elastic_averaging(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-@static_args("nesterov", "axis_name", *walks.STATIC)
+@factory
 def parle(
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -177,22 +216,8 @@ def parle(
     center_step: optax.ScalarOrSchedule = 1.0,
     momentum: optax.ScalarOrSchedule = 0.9,
     nesterov: bool = False,
-    num_steps: int = 25,
-    step_size: optax.ScalarOrSchedule = 0.1,
-    gamma: optax.ScalarOrSchedule = 0.01,
-    scoping: optax.ScalarOrSchedule = 1e-3,
-    noise: optax.ScalarOrSchedule = 0.0,
-    averaging: optax.ScalarOrSchedule = 0.25,
-    noise_kind: str = "normal",
-    inner_transform: optax.GradientTransformation | None = None,
-    mode: str = "scanned",
-    unroll: int | bool = 1,
-    has_aux: bool = False,
-    skip_nonfinite: bool = False,
-    accumulator_dtype: Any = None,
-    diagnostics: bool = False,
     axis_name: Hashable | None,
-    key: jax.typing.ArrayLike,
+    **walk: Unpack[ParleArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Parle: replicas of Entropy-SGD, pulled to their mean once per walk.
 
@@ -220,24 +245,8 @@ def parle(
       center_step: how far the center goes to the replicas' mean, in (0, 1].
       momentum: decay of the outer momentum, in [0, 1]; 0 keeps no buffer.
       nesterov: whether the outer momentum is Nesterov's.
-      num_steps: see `local_entropy`, as all that follow but `axis_name`.
-      step_size: step of the walk.
-      gamma: stiffness of the spring that holds a walk near its replica.
-      scoping: growth of gamma per outer update.
-      noise: inner noise; each replica draws its own.
-      averaging: weight of the new iterate in the mean of the walk.
-      noise_kind: "normal" or "rademacher".
-      inner_transform: applied to every inner gradient.
-      mode: "scanned" or "transparent". Under `jax.vmap` transparent mode computes an
-        outer update at every gradient, and uses one of `num_steps`.
-      unroll: as in `jax.lax.scan`.
-      has_aux: whether `grad_fn` threads auxiliary state.
-      skip_nonfinite: whether a non-finite outer update is skipped and counted.
-      accumulator_dtype: None is at least float32.
-      diagnostics: whether the state reports norms, cosine, distance and gamma.
       axis_name: the name of the replica axis, or a tuple of several; None for a single
         replica.
-      key: PRNG key or int, the same for all replicas: each folds its index in.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -284,34 +293,17 @@ def parle(
       the walk is never set back to x_a; the coupling uses the mean of the walks' means,
       where its README says that of the x_a; t advances once per array of parameters.
     """
-    key = checks.key(key)
+    key = checks.key(walk["key"])
     outer = elastic_averaging(
         walks.momentum_sgd(learning_rate, momentum, nesterov),
         coupling=coupling,
         center_step=center_step,
-        accumulator_dtype=accumulator_dtype,
+        accumulator_dtype=walk["accumulator_dtype"],
         axis_name=axis_name,
     )
 
     def with_key(key):
-        return walks.local_entropy(
-            outer,
-            num_steps=num_steps,
-            step_size=step_size,
-            gamma=gamma,
-            scoping=scoping,
-            noise=noise,
-            averaging=averaging,
-            noise_kind=noise_kind,
-            inner_transform=inner_transform,
-            mode=mode,
-            unroll=unroll,
-            has_aux=has_aux,
-            skip_nonfinite=skip_nonfinite,
-            accumulator_dtype=accumulator_dtype,
-            diagnostics=diagnostics,
-            key=key,
-        )
+        return walks.local_entropy(outer, **{**walk, "key": key})
 
     def init(params):
         own = key

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, ensembles, keys, layout, trees
-from optax_flat._core.hyperparams import static_args
+from optax_flat._core.arguments import factory
 from optax_flat._core.noise import KINDS, draw
 
 
@@ -83,9 +83,7 @@ def perturbed_sum(
     return total, c
 
 
-@static_args(
-    "outer", "ensemble_size", "spread", "noise_kind", "antithetic", "batch_size", "key"
-)
+@factory
 def perturbation_gradient(
     outer: optax.GradientTransformation,
     *,
