@@ -229,9 +229,17 @@ def float_params(params: Any) -> None:
 
 
 def same_structure(
-    what: str, tree: Any, params: Any, *, hint: str | None = None
+    what: str,
+    tree: Any,
+    params: Any,
+    *,
+    hint: str | None = None,
+    num_groups: int = 1,
 ) -> None:
-    """`tree`, by default a gradient, has the structure and the shapes of `params`."""
+    """`tree`, by default a gradient, has the structure and the shapes of `params`.
+
+    With several groups of samples there is one gradient for each, stacked.
+    """
     got, expected = jax.tree.structure(tree), jax.tree.structure(params)
     if got != expected:
         if hint is None:
@@ -242,6 +250,16 @@ def same_structure(
         )
     shapes = [jnp.shape(x) for x in jax.tree.leaves(tree)]
     expected_shapes = [jnp.shape(x) for x in jax.tree.leaves(params)]
+    if num_groups > 1:
+        expected_shapes = [(num_groups, *shape) for shape in expected_shapes]
+        if shapes != expected_shapes:
+            raise ValueError(
+                f"{what} must stack one gradient for each of num_groups={num_groups} "
+                f"groups of samples, got shapes {shapes}, expected {expected_shapes}. "
+                "Give jax.vmap(grad_fn, (None, 0))(params, groups), the minibatch "
+                f"split along a new leading axis of {num_groups}; make_train_step("
+                f"..., num_groups={num_groups}) does so itself."
+            )
     if shapes != expected_shapes:
         raise ValueError(
             f"{what} must have the shapes of `params`, got {shapes}, expected "

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+
 def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
     """The value of a float or a schedule at an outer update."""
     return value(count) if callable(value) else value

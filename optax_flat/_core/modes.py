@@ -123,6 +123,7 @@ def scanned(
     unroll: int | bool = 1,
     has_aux: bool = False,
     skip_nonfinite: bool = False,
+    num_groups: int = 1,
 ) -> optax.GradientTransformationExtraArgs:
     """Runs a walk of L gradients inside one call of `update`.
 
@@ -156,6 +157,12 @@ def scanned(
         made.
       skip_nonfinite: whether an outer update in which anything became NaN or infinite
         ends with zero updates and unchanged memory, and is counted in `skipped`.
+      num_groups: m, into how many groups of samples every minibatch is split, >= 1. Each
+        walks on its own, all in one `jax.vmap`, and the walks are averaged before the
+        outer update. Then the gradient given to `update` stacks the groups' gradients
+        along a leading axis m, and so do the leaves of `batches`, behind L - 1, the
+        groups' samples. With that axis spread over m devices each walks without the
+        others; only the mean is a collective.
 
     Returns:
       A transformation whose one `update` is one outer update.
@@ -170,6 +177,10 @@ def scanned(
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
     unroll = checks.unrolling(unroll)
+    num_groups = checks.integer("num_groups", num_groups, 1)
+
+    def grouped(function, *axes):
+        return function if num_groups == 1 else jax.vmap(function, axes)
 
     def init(params):
         checks.float_params(params)
@@ -191,35 +202,62 @@ def scanned(
     ):
         del extra_args
         checks.float_params(params)
-        checks.same_structure("The gradient given to `update`", updates, params)
+        checks.same_structure(
+            "The gradient given to `update`", updates, params, num_groups=num_groups
+        )
         layout.check(init, state, params)
         memory = state.memory
-        progress = walker.consume(memory, walker.begin(memory, params), updates)
+        consume = functools.partial(walker.consume, memory)
+        progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
+        taken: Any = 1
         if batches is not None:
             checks.leading_axis(batches, walk.length - 1)
         if walk.length > 1:
             _check_placeholders(params, grad_fn or value_fn)
+            _check_groups(num_groups, batches)
             if grad_fn is not None and batches is None:
                 grad_fn = functools.partial(_with_number, grad_fn)
             threads_aux = has_aux or aux is not None
             gradient = _gradient_function(grad_fn, value_fn, threads_aux, walk.length)
 
-            def body(carry, batch):
-                progress, aux = carry
+            def gradient_and_step(progress, batch, aux):
                 point = trees.cast_like(progress[0].point, params)
                 grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
-                return (walker.consume(memory, progress, grads), aux), None
+                return consume(progress, grads), aux
+
+            def go_on(progress, aux, batch):
+                every = grouped(gradient_and_step, 0, 0, None)
+                progress, after = every(progress, batch, aux)
+                if num_groups > 1:  # each has moved it; it is dropped at the end
+                    after = jax.tree.map(lambda x: x[0], after)
+                return progress, after
+
+            def body(carry, batch):
+                progress, aux, taken = carry
+                if walk.ends is None:
+                    return (*go_on(progress, aux, batch), taken + 1), None
+                ended = jnp.all(
+                    grouped(functools.partial(walk.ends, memory), 0)(progress[0])
+                )
+                progress, aux = _either(
+                    ended, lambda progress, aux, _: (progress, aux), go_on,
+                    progress, aux, batch,
+                )  # fmt: skip
+                return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
             if batches is None:
                 batches = jnp.arange(walk.length - 1)
-            progress, _ = _loop(
-                body, (progress, aux), batches, length=walk.length - 1, unroll=unroll
-            )
+            progress, _, taken = _loop(
+                body, (progress, aux, jnp.ones([], jnp.int32)), batches,
+                length=walk.length - 1, unroll=unroll,
+            )  # fmt: skip
         inner, _, finite = progress
+        if num_groups > 1:
+            inner, finite = jax.tree.map(_mean_of_groups, inner), jnp.all(finite)
         updates, memory, skipped = walker.finish(memory, inner, finite, params)
         return updates, ScannedState(
-            trees.saturating_add(state.gradient_evaluations, walk.length),
+            trees.saturating_add(state.gradient_evaluations, taken),
             trees.saturating_add(state.skipped, skipped),
             memory,
         )
@@ -323,6 +361,8 @@ def transparent(
             return _difference(target, params), memory, skipped
 
         last = state.step == walk.length - 1
+        if walk.ends is not None:
+            last |= walk.ends(memory, inner)
         updates, memory, skipped = _either(
             last, outer_update, move, memory, inner, finite, first_point, params
         )
@@ -439,23 +479,31 @@ def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
 
 
 def build(
-    walk: Walk, arguments: LoopArguments
+    walk: Walk, arguments: LoopArguments, num_groups: int = 1
 ) -> optax.GradientTransformationExtraArgs:
     """The walk in the mode that a method's user asked for."""
     loop: dict[str, Any] = dict(arguments)
     checks.float_dtype("accumulator_dtype", loop["accumulator_dtype"])
     in_both = {name: loop[name] for name in ("inner_transform", "skip_nonfinite")}
-    if checks.choice("mode", loop["mode"], MODES) == "transparent":
-        return transparent(walk, **in_both)
-    return scanned(walk, unroll=loop["unroll"], has_aux=loop["has_aux"], **in_both)
+    if checks.choice("mode", loop["mode"], MODES) == "scanned":
+        in_scanned = {name: loop[name] for name in ("unroll", "has_aux")}
+        return scanned(walk, num_groups=num_groups, **in_scanned, **in_both)
+    if checks.integer("num_groups", num_groups, 1) > 1:
+        raise ValueError(
+            f"`num_groups` must be 1 in transparent mode, got {num_groups}: the params "
+            "stand on one point between two calls, and each group has its own. Build "
+            'the optimizer with mode="scanned".'
+        )
+    return transparent(walk, **in_both)
 
 
 def _loop(body, carry, xs, *, length, unroll):
-    """`jax.lax.scan` without outputs; Python's loop where nothing is traced.
+    """`jax.lax.scan` without outputs; Python's loop for one step, or untraced.
 
-    There a scan would be compiled anew at every call, because `body` is a new function.
+    Where nothing is traced a scan would be compiled anew at every call, because `body`
+    is a new function. A single step needs no loop, and convolutions run faster.
     """
-    if trees.is_traced((carry, xs)):
+    if length > 1 and trees.is_traced((carry, xs)):
         return jax.lax.scan(body, carry, xs, length=length, unroll=unroll)[0]
     for i in range(length):
         carry, _ = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
@@ -467,6 +515,31 @@ def _either(condition, on_true, on_false, *operands):
     if trees.is_traced((condition, operands)):
         return jax.lax.cond(condition, on_true, on_false, *operands)
     return (on_true if condition else on_false)(*operands)
+
+
+def _mean_of_groups(leaf):
+    """What the groups agree on is taken from the first."""
+    floats = jnp.issubdtype(leaf.dtype, jnp.inexact)
+    return jnp.mean(leaf, axis=0) if floats else leaf[0]
+
+
+def _check_groups(num_groups, batches):
+    if num_groups == 1:
+        return
+    if batches is None:
+        raise ValueError(
+            f"`batches` must be passed to `update` with num_groups={num_groups}: every "
+            "group evaluates its own samples. Give the samples of all gradients but the "
+            f"first, with leading axes [L - 1, {num_groups}]; make_train_step(..., "
+            f"num_groups={num_groups}) does so itself."
+        )
+    for leaf in jax.tree.leaves(batches):
+        if jnp.shape(leaf)[1:2] != (num_groups,):
+            raise ValueError(
+                f"`batches` must have the leading axes [L - 1, {num_groups}] with "
+                f"num_groups={num_groups}, got shape {jnp.shape(leaf)}. Split every "
+                "minibatch into groups along a new axis."
+            )
 
 
 def _walker(walk, inner_transform, skip_nonfinite):

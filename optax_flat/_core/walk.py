@@ -9,6 +9,7 @@ where they go and what they keep. A `Walk` says just that, once; `scanned` and
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
 
@@ -32,10 +33,15 @@ class Walk(NamedTuple):
       step: `(memory, inner, grads) -> inner`. Consumes one gradient, moves the point.
       finish: `(memory, inner, params) -> (updates, memory)`. Updates are added to
         `params`, which then stand on the first point of the next walk.
+      ends: `(memory, inner) -> bool []`, asked after each gradient but the last:
+        whether the walk needs no more of them this time. None is never. What is not
+        needed is not computed in scanned mode, and not asked for in transparent mode.
 
     A method whose first point is not its *anchor* (the params to evaluate and to save)
     gives its memory a field `offset`, a tree like the params: anchor minus first point
-    of the next walk. `eval_params` reads it.
+    of the next walk. `eval_params` reads it. One whose gradients all belong to one
+    minibatch gives it a class attribute ``one_minibatch = True``, which
+    `make_train_step` reads.
 
     Example:
       Gradient descent with the mean of three gradients, each taken one small step
@@ -70,3 +76,4 @@ class Walk(NamedTuple):
     start: Callable[[Any, optax.Params], Any]
     step: Callable[[Any, Any, optax.Updates], Any]
     finish: Callable[[Any, Any, optax.Params], tuple[optax.Updates, Any]]
+    ends: Callable[[Any, Any], jax.Array] | None = None

@@ -42,6 +42,7 @@ from optax_flat._core.hyperparams import at, scheduled
 from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 from optax_flat._core.walk import Walk
 
+
 class WalkArguments(TypedDict, total=False):
     """What every method with this walk takes."""
 
