@@ -2,6 +2,8 @@
 
 from importlib.metadata import version as _version
 
+from optax_flat import ascent as ascent
+from optax_flat import descent as descent
 from optax_flat import flatness as flatness
 from optax_flat import plotting as plotting
 from optax_flat import problems as problems
@@ -52,5 +54,19 @@ from optax_flat._methods.perturbation import (
     perturbation_gradient as perturbation_gradient,
 )
 from optax_flat._methods.perturbation import perturbed_sum as perturbed_sum
+from optax_flat._methods.sam import SAMState as SAMState
+from optax_flat._methods.sam import sam as sam
+from optax_flat._methods.sam_variants import ae_sam as ae_sam
+from optax_flat._methods.sam_variants import asam as asam
+from optax_flat._methods.sam_variants import friendly_sam as friendly_sam
+from optax_flat._methods.sam_variants import (
+    gradient_norm_penalty as gradient_norm_penalty,
+)
+from optax_flat._methods.sam_variants import gsam as gsam
+from optax_flat._methods.sam_variants import looksam as looksam
+from optax_flat._methods.sam_variants import loss_equated_sam as loss_equated_sam
+from optax_flat._methods.sam_variants import stable_sam as stable_sam
+from optax_flat._methods.sam_variants import wsam as wsam
+from optax_flat._methods.sam_variants import zsharp as zsharp
 
 __version__ = _version("optax_flat")

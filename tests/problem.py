@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 import optax_flat
+from optax_flat._core.modes import states
 
 FEATURES = 3
 
@@ -68,18 +69,28 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
         )
         return optax.apply_updates(params, updates), state
 
-    def one_gradient(carry, batch):
+    def one_gradient(carry, numbered):
+        number, batch = numbered
+        walks = states(carry[1], optax_flat.TransparentState)
+        if len(walks) == 1 and len(jax.tree.leaves(stack)[0]) > 1:
+            # A walk that ends early leaves the rest of its minibatches.
+            ended = (number > 0) & (walks[0].step == 0)
+            return jax.lax.cond(ended, lambda c, _: c, consume, carry, batch), None
+        return consume(carry, batch), None
+
+    def consume(carry, batch):
         params, state = carry
         if mode == "forward":
             parts = in_parts(loss, batch)
             updates, state = tx.update(None, state, params, **parts, **extra_args)
-            return (optax.apply_updates(params, updates), state), None
+            return optax.apply_updates(params, updates), state
         value, grads = jax.value_and_grad(loss)(params, batch)
         given = {"value": value} | extra_args
         updates, state = tx.update(grads, state, params, **given)
-        return (optax.apply_updates(params, updates), state), None
+        return optax.apply_updates(params, updates), state
 
-    return jax.lax.scan(one_gradient, (params, state), stack)[0]
+    numbered = jnp.arange(len(jax.tree.leaves(stack)[0])), stack
+    return jax.lax.scan(one_gradient, (params, state), numbered)[0]
 
 
 @functools.lru_cache(maxsize=256)

@@ -138,3 +138,129 @@ def test_ienk_thesis(x64):
             np.testing.assert_allclose(
                 params[name], golden[name][t], rtol=0, atol=1e-10
             )
+
+
+def base(config):
+    """PyTorch's optimizers: weight decay is added to the gradient."""
+    decay = optax.add_decayed_weights(config.get("weight_decay", 0.0))
+    if config.get("base") == "adam":
+        return optax.chain(decay, optax.adam(config["lr"], eps=config["eps"]))
+    return optax.chain(decay, optax.sgd(config["lr"], config["momentum"]))
+
+
+def davda54(config, arrays):
+    if not config["adaptive"]:
+        return optax_flat.sam(base(config), rho=config["rho"], mode=config["mode"])
+    return optax_flat.asam(
+        base(config), rho=config["rho"], eta=0.0, weights=True, mode=config["mode"]
+    )
+
+
+def gsam(config, arrays):
+    """The learning rate is scheduled too."""
+    rate, rho = jnp.asarray(arrays["lr"]), jnp.asarray(arrays["rho"])
+    outer = optax.chain(
+        optax.add_decayed_weights(config["weight_decay"]),
+        optax.sgd(lambda t: rate[t], config["momentum"]),
+    )
+    rule = optax_flat.ascent.adaptive_unit(0.0, weights=True)
+    return optax_flat.sam(
+        outer,
+        rho=lambda t: rho[t],
+        ascent=rule if config["adaptive"] else None,
+        descent=optax_flat.descent.surrogate_gap(config["alpha"]),
+        mode=config["mode"],
+    )
+
+
+def torch_clip(max_norm):
+    """clip_grad_norm_, which adds 1e-6 to the norm."""
+
+    def clip(updates, params):
+        factor = jnp.minimum(max_norm / (optax.tree.norm(updates) + 1e-6), 1.0)
+        return optax.tree.scale(factor, updates)
+
+    return optax.stateless(clip)
+
+
+def wsam(config, arrays):
+    clip = config["max_norm"]
+    return optax_flat.wsam(
+        base(config),
+        rho=config["rho"],
+        gamma=config["gamma"],
+        learning_rate=config["lr"] if config["decouple"] else None,
+        inner_transform=clip and torch_clip(clip),
+        mode=config["mode"],
+    )
+
+
+def gnp(config, arrays):
+    """Its L2 penalty is in the loss, its clip behind the interpolation."""
+    clip = optax.clip_by_global_norm(config["gradient_clipping"])
+    return optax_flat.gradient_norm_penalty(
+        optax.chain(clip, base(config)),
+        rho=config["r"],
+        alpha=config["alpha"],
+        inner_transform=optax.add_decayed_weights(config["l2_regularization"]),
+        mode=config["mode"],
+    )
+
+
+SAM_FAMILY = {
+    "sam_davda54_sgd": davda54,
+    "sam_davda54_sgd_wd": davda54,
+    "sam_davda54_adam": davda54,
+    "sam_davda54_adaptive": davda54,
+    "sam_samsung": lambda c, _: optax_flat.sam(
+        base(c), rho=c["rho"], mode=c["mode"]
+    ),
+    "asam_samsung": lambda c, _: optax_flat.asam(
+        base(c), rho=c["rho"], eta=c["eta"], mode=c["mode"]
+    ),
+    "gsam_juntang": gsam,
+    "gsam_juntang_wd": gsam,
+    "gsam_juntang_adaptive": gsam,
+    "gsam_juntang_linear_scheduler": gsam,
+    "fsam_nblt": lambda c, _: optax_flat.friendly_sam(
+        base(c), rho=c["rho"], sigma=c["sigma"], decay=c["lmbda"], mode=c["mode"]
+    ),
+    "looksam_leminhbinh_seeded": lambda c, _: optax_flat.looksam(
+        base(c), rho=c["rho"], alpha=c["alpha"], period=c["k"], mode=c["mode"]
+    ),
+    "wsam_decoupled": wsam,
+    "wsam_decoupled_wd": wsam,
+    "wsam_decoupled_adam": wsam,
+    "wsam_coupled": wsam,
+    "wsam_coupled_wd": wsam,
+    "wsam_coupled_clip": wsam,
+    "gnp": gnp,
+    "gnp_l2": gnp,
+    "gnp_clip": gnp,
+}  # fmt: skip
+for name in ("asam_samsung", "fsam_nblt", "looksam_leminhbinh_seeded"):
+    SAM_FAMILY[f"{name}_wd"] = SAM_FAMILY[name]
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", SAM_FAMILY)
+def test_sharpness_aware(name, mode, x64):
+    """Two gradients per update, both on the same minibatch."""
+    meta, golden = load(name)
+    tx = SAM_FAMILY[name](meta["config"] | {"mode": mode}, golden)
+    replay(tx, mode, golden, repeats=2, atol=5e-11 if "looksam" in name else 1e-11)
+
+
+def replay(tx, mode, golden, *, repeats, atol, start=None):
+    """All steps of a file, `repeats` gradients each."""
+    params = {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
+    data = [
+        tuple(jnp.stack([jnp.asarray(x)] * repeats) for x in batch)
+        for batch in zip(golden["X"], golden["y"], strict=True)
+    ]
+    assert len(data) == 40
+    run = train(tx, mode, params, data, start, loss=cross_entropy)
+    for leaf in ("W", "b"):
+        ours = np.stack([params[leaf] for params in run.path])
+        np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=atol)
+    return run

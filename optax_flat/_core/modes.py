@@ -157,9 +157,9 @@ def scanned(
         made.
       skip_nonfinite: whether an outer update in which anything became NaN or infinite
         ends with zero updates and unchanged memory, and is counted in `skipped`.
-      num_groups: m, into how many groups of samples every minibatch is split, >= 1. Each
-        walks on its own, all in one `jax.vmap`, and the walks are averaged before the
-        outer update. Then the gradient given to `update` stacks the groups' gradients
+      num_groups: m, into how many groups of samples every minibatch is split, >= 1.
+        Each walks on its own, all in one `jax.vmap`, and the walks are averaged before
+        the outer update. Then the gradient given to `update` stacks the groups' gradients
         along a leading axis m, and so do the leaves of `batches`, behind L - 1, the
         groups' samples. With that axis spread over m devices each walks without the
         others; only the mean is a collective.
@@ -529,7 +529,7 @@ def _check_groups(num_groups, batches):
     if batches is None:
         raise ValueError(
             f"`batches` must be passed to `update` with num_groups={num_groups}: every "
-            "group evaluates its own samples. Give the samples of all gradients but the "
+            "group evaluates its own samples. Give those of all gradients but the "
             f"first, with leading axes [L - 1, {num_groups}]; make_train_step(..., "
             f"num_groups={num_groups}) does so itself."
         )
