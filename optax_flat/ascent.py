@@ -133,7 +133,7 @@ def adaptive_unit(
 
 
 def loss_equated(
-    budget: optax.ScalarOrSchedule, radius: optax.ScalarOrSchedule
+    budget: optax.ScalarOrSchedule, rho: optax.ScalarOrSchedule
 ) -> optax.GradientTransformation:
     r"""Ascent by a given rise of the loss instead of a given radius, as in LE-SAM.
 
@@ -145,7 +145,7 @@ def loss_equated(
 
     Args:
       budget: :math:`\sigma_t`, >= 0, in units of the loss.
-      radius: :math:`\rho_{\max}`, >= 0, which small gradients need.
+      rho: :math:`\rho_{\max}`, the largest radius, >= 0, which small gradients need.
 
     Returns:
       An `optax.GradientTransformation`.
@@ -157,18 +157,18 @@ def loss_equated(
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_flat import ascent
-      >>> rule, g = ascent.loss_equated(0.1, radius=1.0), jnp.array([3.0, -4.0])
+      >>> rule, g = ascent.loss_equated(0.1, rho=1.0), jnp.array([3.0, -4.0])
       >>> a, _ = rule.update(g, rule.init(g))
       >>> round(float(jnp.vdot(g, a)), 6)
       0.1
     """
     checks.number("budget", budget, 0.0)
-    checks.number("radius", radius, 0.0)
+    checks.number("rho", rho, 0.0)
 
     def update(updates, state, params=None):
         del params
         norm = trees.norm(updates)
-        largest = at(radius, state.count)
+        largest = at(rho, state.count)
         safe = jnp.where(norm > 0, norm, 1.0)
         r = jnp.minimum(jnp.where(norm > 0, at(budget, state.count) / safe, 0), largest)
         a = jax.tree.map(lambda g: (r / safe) * g, updates)
@@ -262,18 +262,17 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
     quantile = checks.constant("quantile", quantile, 0.0, 1.0, open_high=True)
 
     def z_score(g):
-        g = g.astype(jnp.promote_types(g.dtype, jnp.float32))
         spread = jnp.std(g) if g.size else jnp.zeros([], g.dtype)
         center = jnp.mean(g) if g.size else jnp.zeros([], g.dtype)
         return jnp.abs(g - center) / jnp.where(spread > 0, spread, 1.0)
 
     def update(updates, params=None):
         del params
-        z = jax.tree.map(z_score, updates)
+        z = jax.tree.map(z_score, trees.accumulator(updates))
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(z)])
         if not flat.size:
             return updates
-        threshold = jnp.quantile(flat, quantile)
+        threshold = jnp.quantile(flat, jnp.asarray(quantile, flat.dtype))
         nothing = jnp.max(flat) <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),

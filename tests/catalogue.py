@@ -53,8 +53,12 @@ class Method(NamedTuple):
     # Whether `eval_params` is not where its walks start, but behind a look-ahead point
     # or in a center.
     looks_ahead: bool = False
-    # The arguments that give a walk another number of gradients.
-    of_length: Callable[[int], dict[str, Any]] = lambda n: {"num_steps": n}
+    # Whether a walk may end before its last gradient.
+    ends_early: bool = False
+    # Gradients per update with the arguments `off`; all on one minibatch.
+    off_length: int = 1
+    # The arguments that give a walk another number of gradients, if any do.
+    of_length: Callable[[int], dict[str, Any]] | None = lambda n: {"num_steps": n}
 
     @property
     def has_key(self) -> bool:
@@ -277,7 +281,202 @@ ENSEMBLE_BAD = [
 ]
 NEGATIVE_RATE = ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in")
 
+SAM_BAD = [
+    ({"rho": -1.0}, ValueError, r"`rho` must lie in \[0, inf\), got -1"),
+    ({"outer": 0.1}, TypeError, "`outer` must be an optax"),
+    ({"num_groups": 0}, ValueError, "`num_groups` must be an int >= 1, got 0"),
+    ({"mode": "opaque"}, ValueError, "`mode` must be one of 'scanned', 'transparent'"),
+    ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be a floating"),
+]
+
+
+def sam_method(name, closed_form, *, arguments=None, floats=None, bad=(), **fields):
+    """A named member of the sharpness-aware family.
+
+    `closed_form` makes what SGD with the rate 0.3 takes off x, out of the gradient
+    function, x, and g there, with rho = 0.2 or as `closed_form_arguments` say.
+    """
+
+    def update(q, x):
+        def gradient(x):
+            return q.H @ (x - q.c)
+
+        return -0.3 * closed_form(gradient, x, gradient(x))
+
+    arguments = arguments or {}
+    settings = {
+        "off": {"rho": 0.0, "outer": optax.sgd(0.1, momentum=0.9)},
+        "off_is": optax.sgd(0.1, momentum=0.9),
+        "closed_form_arguments": {},
+    } | fields
+    settings["closed_form_arguments"] = {
+        "outer": optax.sgd(0.3), "rho": 0.2
+    } | settings["closed_form_arguments"]  # fmt: skip
+    return Method(
+        name=name,
+        arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.1} | arguments,
+        floats={"rho": 0.3} | (floats or {}),
+        noisy={},
+        closed_form=update,
+        bad=[*SAM_BAD, *bad],
+        length=2,
+        off_length=2,
+        of_length=None,
+        **settings,
+    )
+
+
+def look_sam(gradient, x, *, rate, rho, alpha):
+    """What three updates with period 3 take off x, over the rate."""
+    g = gradient(x)
+    g_r = gradient(x + rho * unit(g))
+    direction, y = unit(across(g_r, g)), x - rate * g_r
+    for _ in range(2):
+        g = gradient(y)
+        y = y - rate * (g + alpha * np.linalg.norm(g) * direction)
+    return (x - y) / rate
+
+
+def friendly_sam(gradient, x, *, rate, rho):
+    """What three updates with sigma 0.6 and decay 0.7 take off x, over the rate."""
+    y, mean = x, None
+    for _ in range(3):
+        g = gradient(y)
+        d = g if mean is None else g - 0.6 * mean
+        mean = g if mean is None else 0.7 * mean + 0.3 * g
+        y = y - rate * gradient(y + rho * unit(d))
+    return (x - y) / rate
+
+
+def adaptive_sam(gradient, x, *, rate, rho):
+    """What three updates with threshold 0.1 and decay 0.9 take off x, over the rate."""
+    y, mean, variance, took = x, 0.0, 0.0, []
+    for _ in range(3):
+        g = gradient(y)
+        mean = 0.9 * mean + 0.1 * g @ g
+        variance = 0.9 * variance + 0.1 * (g @ g - mean) ** 2
+        took.append(g @ g >= mean + 0.1 * np.sqrt(variance))
+        y = y - rate * (gradient(y + rho * unit(g)) if took[-1] else g)
+    assert set(took) == {True, False}  # else it would not test the rule
+    return (x - y) / rate
+
+
+def unit(g):
+    """g / ||g||."""
+    return g / np.linalg.norm(g)
+
+
+def across(g, to):
+    """The part of g that is orthogonal to another vector."""
+    return g - (g @ to) / (to @ to) * to
+
+
+def asam_gradient(gradient, x, g):
+    """With every entry a weight and eta = 0.3."""
+    t = np.abs(x) + 0.3
+    return gradient(x + 0.2 * t * unit(t * g))
+
+
+def outlier_gradient(gradient, x, g):
+    """With the entries above the median of the absolute z-scores."""
+    z = np.abs((g - g.mean()) / g.std())
+    return gradient(x + 0.2 * unit(g * (z > np.quantile(z, 0.5))))
+
+
 METHODS = [
+    sam_method("sam", lambda gradient, x, g: gradient(x + 0.2 * unit(g))),
+    sam_method(
+        "asam",
+        asam_gradient,
+        floats={"eta": 0.5},
+        closed_form_arguments={"eta": 0.3, "weights": True},
+        bad=[({"eta": -1.0}, ValueError, "`eta` must lie in")],
+    ),
+    sam_method(
+        "gsam",
+        lambda gradient, x, g: (
+            gradient(x + 0.2 * unit(g)) - 0.7 * across(g, gradient(x + 0.2 * unit(g)))
+        ),
+        floats={"alpha": 0.1},
+        closed_form_arguments={"alpha": 0.7},
+        off={"rho": 0.0, "alpha": 3.0, "outer": optax.sgd(0.1, momentum=0.9)},
+        bad=[({"alpha": -1.0}, ValueError, "`alpha` must lie in")],
+    ),
+    sam_method(
+        "looksam",
+        lambda gradient, x, g: look_sam(gradient, x, rate=0.3, rho=0.2, alpha=0.5),
+        arguments={"period": 2},
+        floats={"alpha": 0.1},
+        closed_form_arguments={"period": 3, "alpha": 0.5},
+        closed_form_updates=3,
+        off={"rho": 0.0, "period": 1, "outer": optax.sgd(0.1, momentum=0.9)},
+        ends_early=True,
+        bad=[
+            ({"alpha": -1.0}, ValueError, "`alpha` must lie in"),
+            ({"period": 0}, ValueError, "`period` must be an int >= 1, got 0"),
+        ],
+    ),
+    sam_method(
+        "friendly_sam",
+        lambda gradient, x, g: friendly_sam(gradient, x, rate=0.3, rho=0.2),
+        floats={"sigma": 0.5, "decay": 0.3},
+        closed_form_arguments={"sigma": 0.6, "decay": 0.7},
+        closed_form_updates=3,
+        bad=[
+            ({"sigma": -1.0}, ValueError, "`sigma` must lie in"),
+            ({"decay": 1.5}, ValueError, "`decay` must lie in"),
+        ],
+    ),
+    sam_method(
+        "wsam",
+        lambda gradient, x, g: g + 3.0 * (gradient(x + 0.2 * unit(g)) - g),
+        arguments={"gamma": 0.4},
+        floats={"gamma": 0.3},
+        closed_form_arguments={"gamma": 0.75},
+        bad=[
+            ({"gamma": 1.0}, ValueError, r"`gamma` must lie in \[0, 1\), got 1"),
+            ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in"),
+        ],
+    ),
+    sam_method(
+        "gradient_norm_penalty",
+        lambda gradient, x, g: 0.4 * g + 0.6 * gradient(x + 0.2 * unit(g)),
+        floats={"alpha": 0.3},
+        closed_form_arguments={"alpha": 0.6},
+        bad=[({"alpha": -1.0}, ValueError, "`alpha` must lie in")],
+    ),
+    sam_method(
+        "stable_sam",
+        lambda gradient, x, g: np.linalg.norm(g) * unit(gradient(x + 0.2 * unit(g))),
+    ),
+    sam_method(
+        "loss_equated_sam",
+        lambda gradient, x, g: gradient(x + 0.4 * g / (g @ g)),
+        arguments={"budget": 0.05, "rho": 0.08},
+        floats={"rho": 0.01, "budget": 0.01},
+        closed_form_arguments={"budget": 0.4, "rho": 10.0},
+        bad=[({"budget": -1.0}, ValueError, "`budget` must lie in")],
+    ),
+    sam_method(
+        "zsharp",
+        outlier_gradient,
+        arguments={"quantile": 0.5},
+        closed_form_arguments={"quantile": 0.5},
+        bad=[
+            ({"quantile": 1.0}, ValueError, r"`quantile` must lie in \[0, 1\), got 1"),
+            ({"quantile": "half"}, TypeError, "`quantile` must be a float"),
+        ],
+    ),
+    sam_method(
+        "ae_sam",
+        lambda gradient, x, g: adaptive_sam(gradient, x, rate=0.3, rho=0.2),
+        arguments={"outer": optax.sgd(0.15), "threshold": 1.1, "decay": 0.7},
+        floats={"threshold": 3.0, "decay": 0.05},
+        closed_form_arguments={"threshold": 0.1, "decay": 0.9},
+        closed_form_updates=3,
+        ends_early=True,
+        bad=[({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1")],
+    ),
     Method(
         name="local_entropy",
         arguments={

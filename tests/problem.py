@@ -69,14 +69,16 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
         )
         return optax.apply_updates(params, updates), state
 
-    def one_gradient(carry, numbered):
-        number, batch = numbered
-        walks = states(carry[1], optax_flat.TransparentState)
-        if len(walks) == 1 and len(jax.tree.leaves(stack)[0]) > 1:
-            # A walk that ends early leaves the rest of its minibatches.
-            ended = (number > 0) & (walks[0].step == 0)
-            return jax.lax.cond(ended, lambda c, _: c, consume, carry, batch), None
-        return consume(carry, batch), None
+    walks = states(state, optax_flat.TransparentState)
+    before = [walk.gradient_evaluations for walk in walks]
+
+    def one_gradient(carry, batch):
+        if len(walks) != 1 or len(jax.tree.leaves(stack)[0]) == 1:
+            return consume(carry, batch), None
+        # A walk that ends early leaves the rest of its minibatches.
+        (walk,) = states(carry[1], optax_flat.TransparentState)
+        ended = (walk.step == 0) & (walk.gradient_evaluations > before[0])
+        return jax.lax.cond(ended, lambda c, _: c, consume, carry, batch), None
 
     def consume(carry, batch):
         params, state = carry
@@ -89,8 +91,7 @@ def update(tx, mode, params, state, stack, loss=loss, **extra_args):
         updates, state = tx.update(grads, state, params, **given)
         return optax.apply_updates(params, updates), state
 
-    numbered = jnp.arange(len(jax.tree.leaves(stack)[0])), stack
-    return jax.lax.scan(one_gradient, (params, state), numbered)[0]
+    return jax.lax.scan(one_gradient, (params, state), stack)[0]
 
 
 @functools.lru_cache(maxsize=256)
