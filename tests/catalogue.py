@@ -470,7 +470,11 @@ METHODS = [
     sam_method(
         "ae_sam",
         lambda gradient, x, g: adaptive_sam(gradient, x, rate=0.3, rho=0.2),
-        arguments={"outer": optax.sgd(0.15), "threshold": 1.1, "decay": 0.7},
+        arguments={
+            "outer": optax.chain(optax.clip_by_global_norm(3.0), optax.sgd(0.15)),
+            "threshold": 0.5,
+            "decay": 0.9,
+        },
         floats={"threshold": 3.0, "decay": 0.05},
         closed_form_arguments={"threshold": 0.1, "decay": 0.9},
         closed_form_updates=3,
