@@ -322,6 +322,65 @@ def nesterov_momentum(total_steps: int) -> optax.Schedule:
     return schedule
 
 
+def proportional_radius(
+    learning_rate: optax.Schedule,
+    *,
+    rate_range: tuple[float, float],
+    rho_range: tuple[float, float],
+) -> optax.Schedule:
+    r"""A radius of SAM that follows the learning rate, as in GSAM.
+
+    .. math::
+        \rho_t = \rho_{\min} + (\rho_{\max} - \rho_{\min})
+        \frac{\eta_t - \eta_{\min}}{\eta_{\max} - \eta_{\min}}
+
+    Args:
+      learning_rate: :math:`\eta_t`, the schedule of the outer optimizer.
+      rate_range: its least and its greatest value.
+      rho_range: the radius at these, >= 0.
+
+    Returns:
+      A schedule. Where the learning rate leaves its range the radius stays at the end
+      of its own.
+
+    Raises:
+      ValueError: a range whose ends are in the wrong order, or negative.
+      TypeError: an argument of the wrong type.
+
+    Example:
+      >>> import optax
+      >>> from optax_flat import schedules
+      >>> rate = optax.linear_schedule(0.0, 0.1, 100)
+      >>> rho = schedules.proportional_radius(
+      ...     rate, rate_range=(0.0, 0.1), rho_range=(0.1, 0.6))
+      >>> [round(float(rho(t)), 3) for t in (0, 50, 100)]
+      [0.1, 0.35, 0.6]
+
+    References:
+      Zhuang et al., `Surrogate Gap Minimization Improves Sharpness-Aware Training
+      <https://arxiv.org/abs/2203.08065>`_, 2022.
+    """
+    if not callable(learning_rate):
+        raise TypeError(
+            "`learning_rate` must be a schedule (a function of the number of outer "
+            f"updates), got {learning_rate!r}. A constant one has a constant radius."
+        )
+    rates, radii = (
+        tuple(checks.constant(f"{name}[{i}]", x, 0.0) for i, x in enumerate(ends))
+        for name, ends in (("rate_range", rate_range), ("rho_range", rho_range))
+    )
+    if len(rates) != 2 or len(radii) != 2 or rates[0] >= rates[1]:
+        raise ValueError(
+            "`rate_range` must be two numbers, the smaller one first, and `rho_range` "
+            f"two numbers, got {rate_range} and {rho_range}."
+        )
+
+    def schedule(count):
+        return jnp.interp(learning_rate(count), jnp.array(rates), jnp.array(radii))
+
+    return schedule
+
+
 def _remaining(count, end):
     """The fraction of the cooling that is left: 1 at count 0, 0 from the end on."""
     # The difference first: XLA may make a product with 1 / end of the division.

@@ -136,8 +136,9 @@ def scanned(
     params' structure and dtype. `batches` is a pytree whose leaves have the leading
     axis L - 1; without it `grad_fn` gets the index 0, ..., L - 2. A caller that passes
     only `value_fn(params)` has it differentiated. Make `grad_fn` inside the jitted
-    training step: it is not a valid argument of a jitted function. Extra arguments that
-    are not ours are ignored.
+    training step: it is not a valid argument of a jitted function. A walk whose
+    gradients all belong to one minibatch takes a stack of that one. Extra arguments
+    that are not ours are ignored.
 
     On the CPU backend a convolution inside `lax.scan` runs several times slower than
     outside; `unroll=True` avoids the loop at the price of a longer compilation.
@@ -159,7 +160,7 @@ def scanned(
         ends with zero updates and unchanged memory, and is counted in `skipped`.
       num_groups: m, into how many groups of samples every minibatch is split, >= 1.
         Each walks on its own, all in one `jax.vmap`, and the walks are averaged before
-        the outer update. Then the gradient given to `update` stacks the groups' gradients
+        the outer update. Then the gradient given to `update` stacks those of the groups
         along a leading axis m, and so do the leaves of `batches`, behind L - 1, the
         groups' samples. With that axis spread over m devices each walks without the
         others; only the mean is a collective.
@@ -210,51 +211,38 @@ def scanned(
         consume = functools.partial(walker.consume, memory)
         progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
         taken: Any = 1
-        if batches is not None:
-            checks.leading_axis(batches, walk.length - 1)
+        batches = _check_batches(memory, batches, walk.length, num_groups)
         if walk.length > 1:
             _check_placeholders(params, grad_fn or value_fn)
-            _check_groups(num_groups, batches)
-            if grad_fn is not None and batches is None:
-                grad_fn = functools.partial(_with_number, grad_fn)
             threads_aux = has_aux or aux is not None
-            gradient = _gradient_function(grad_fn, value_fn, threads_aux, walk.length)
+            gradient = _gradient_function(
+                grad_fn, value_fn, threads_aux, walk.length, numbered=batches is None
+            )
 
-            def gradient_and_step(progress, batch, aux):
+            def gradient_and_step(progress, aux, batch):
                 point = trees.cast_like(progress[0].point, params)
                 grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
                 return consume(progress, grads), aux
 
-            def go_on(progress, aux, batch):
-                every = grouped(gradient_and_step, 0, 0, None)
-                progress, after = every(progress, batch, aux)
-                if num_groups > 1:  # each has moved it; it is dropped at the end
-                    after = jax.tree.map(lambda x: x[0], after)
-                return progress, after
+            every = grouped(gradient_and_step, 0, None, 0)
 
-            def body(carry, batch):
-                progress, aux, taken = carry
-                if walk.ends is None:
-                    return (*go_on(progress, aux, batch), taken + 1), None
-                ended = jnp.all(
-                    grouped(functools.partial(walk.ends, memory), 0)(progress[0])
-                )
-                progress, aux = _either(
-                    ended, lambda progress, aux, _: (progress, aux), go_on,
-                    progress, aux, batch,
-                )  # fmt: skip
-                return (progress, aux, jnp.where(ended, taken, taken + 1)), None
+            def go_on(progress, aux, batch):
+                progress, aux = every(progress, aux, batch)
+                return progress, trees.mean_of_groups(aux) if num_groups > 1 else aux
 
             if batches is None:
                 batches = jnp.arange(walk.length - 1)
             progress, _, taken = _loop(
-                body, (progress, aux, jnp.ones([], jnp.int32)), batches,
-                length=walk.length - 1, unroll=unroll,
-            )  # fmt: skip
+                _more_of(walk, memory, go_on, grouped),
+                (progress, aux, jnp.ones([], jnp.int32)),
+                batches,
+                length=walk.length - 1,
+                unroll=unroll,
+            )
         inner, _, finite = progress
         if num_groups > 1:
-            inner, finite = jax.tree.map(_mean_of_groups, inner), jnp.all(finite)
+            inner, finite = trees.mean_of_groups(inner), jnp.all(finite)
         updates, memory, skipped = walker.finish(memory, inner, finite, params)
         return updates, ScannedState(
             trees.saturating_add(state.gradient_evaluations, taken),
@@ -497,6 +485,26 @@ def build(
     return transparent(walk, **in_both)
 
 
+def _more_of(walk, memory, go_on, grouped):
+    """The body of the loop over a walk's further gradients, while it wants any."""
+
+    def body(carry, batch):
+        progress, aux, taken = carry
+        if walk.ends is None:
+            return (*go_on(progress, aux, batch), taken + 1), None
+        ended = grouped(functools.partial(walk.ends, memory), 0)(progress[0])
+        ended = jnp.all(ended)  # of the groups
+        progress, aux = _either(ended, _stay, go_on, progress, aux, batch)
+        return (progress, aux, jnp.where(ended, taken, taken + 1)), None
+
+    return body
+
+
+def _stay(progress, aux, batch):
+    del batch
+    return progress, aux
+
+
 def _loop(body, carry, xs, *, length, unroll):
     """`jax.lax.scan` without outputs; Python's loop for one step, or untraced.
 
@@ -517,15 +525,10 @@ def _either(condition, on_true, on_false, *operands):
     return (on_true if condition else on_false)(*operands)
 
 
-def _mean_of_groups(leaf):
-    """What the groups agree on is taken from the first."""
-    floats = jnp.issubdtype(leaf.dtype, jnp.inexact)
-    return jnp.mean(leaf, axis=0) if floats else leaf[0]
-
-
-def _check_groups(num_groups, batches):
-    if num_groups == 1:
-        return
+def _check_batches(memory, batches, length, num_groups):
+    """The minibatches of all gradients but the first."""
+    if batches is None and (num_groups == 1 or length == 1):
+        return None
     if batches is None:
         raise ValueError(
             f"`batches` must be passed to `update` with num_groups={num_groups}: every "
@@ -533,13 +536,23 @@ def _check_groups(num_groups, batches):
             f"first, with leading axes [L - 1, {num_groups}]; make_train_step(..., "
             f"num_groups={num_groups}) does so itself."
         )
+    if getattr(memory, "one_minibatch", False):
+        batches = jax.tree.map(functools.partial(_repeated, length - 1), batches)
+    checks.leading_axis(batches, length - 1)
     for leaf in jax.tree.leaves(batches):
-        if jnp.shape(leaf)[1:2] != (num_groups,):
+        if num_groups > 1 and jnp.shape(leaf)[1:2] != (num_groups,):
             raise ValueError(
                 f"`batches` must have the leading axes [L - 1, {num_groups}] with "
                 f"num_groups={num_groups}, got shape {jnp.shape(leaf)}. Split every "
                 "minibatch into groups along a new axis."
             )
+    return batches
+
+
+def _repeated(length, leaf):
+    """A stack of one minibatch serves all gradients of a walk on one minibatch."""
+    shape = jnp.shape(leaf)
+    return leaf if shape[:1] != (1,) else jnp.broadcast_to(leaf, (length, *shape[1:]))
 
 
 def _walker(walk, inner_transform, skip_nonfinite):
@@ -551,9 +564,11 @@ def _walker(walk, inner_transform, skip_nonfinite):
 
 
 def _gradient_function(
-    grad_fn, value_fn, threads_aux, length
+    grad_fn, value_fn, threads_aux, length, *, numbered
 ) -> Callable[[Any, Any, Any], tuple[Any, Any]]:
     """`(point, batch, aux) -> (grads, aux)` from what the caller passed."""
+    if grad_fn is not None and numbered:
+        grad_fn = functools.partial(_with_number, grad_fn)
     if grad_fn is not None and threads_aux:
         return functools.partial(_with_aux, grad_fn)
     if grad_fn is not None:

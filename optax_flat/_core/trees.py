@@ -138,6 +138,17 @@ def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def mean_of_groups(tree: Any) -> Any:
+    """Means over the leading axis; what is no float is taken from the first group."""
+
+    def merge(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return leaf[0]
+        return jnp.mean(leaf, axis=0)
+
+    return jax.tree.map(merge, tree)
+
+
 def saturating_add(count: jax.Array, increment: Any) -> jax.Array:
     """A counter that stays at its maximum instead of turning negative."""
     return jnp.where(

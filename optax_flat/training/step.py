@@ -17,6 +17,7 @@ def make_train_step(
     has_aux: bool = False,
     output_fn: Callable[[Any, Any], Any] | None = None,
     mode: str | None = None,
+    num_groups: int = 1,
     donate: bool = False,
 ) -> Callable[..., Any]:
     """A jitted training step for any optimizer, in either mode.
@@ -28,7 +29,9 @@ def make_train_step(
 
     In scanned mode `batches` stacks the walk's minibatches: every leaf has the leading
     axis L, the optimizer's number of gradients per update. The first one gives the loss
-    and the first gradient, the others are scanned over. In transparent mode, and for
+    and the first gradient, the others are scanned over. A method whose gradients all
+    belong to one minibatch (`sam` and its family) takes that one, unstacked; in
+    transparent mode call the step twice with it. In transparent mode, and for
     every optimizer that wants one gradient per update, `batches` is one minibatch; a
     stack given there is a minibatch with one more axis, which many losses take without
     an error. With `mode` the step insists on what you mean.
@@ -56,6 +59,10 @@ def make_train_step(
         batch) -> loss``. Not together with `has_aux`.
       mode: "scanned" or "transparent" to insist on one; None reads it off the
         optimizer's state.
+      num_groups: that of the optimizer (m-SAM): every minibatch is split into as many
+        groups along its leading axis, which must be a multiple; the loss is the mean
+        over the groups. With that axis spread over as many devices each has its own
+        group.
       donate: whether the buffers of params and optimizer state are given to the step
         (the ones passed in cannot be used afterwards).
 
@@ -99,6 +106,7 @@ def make_train_step(
         return _check_loss(loss_fn(inputs, batch), has_aux), aux
 
     value_and_grad = jax.value_and_grad(loss_and_aux, has_aux=True)
+    first_gradient = _of_groups(value_and_grad, num_groups)
 
     def forward(params, opt_state, batch):
         model = output_fn
@@ -125,9 +133,9 @@ def make_train_step(
         _check_mode(mode, is_scanned)
         if modes.states(opt_state, modes.ForwardOnly):
             return forward(params, opt_state, batches)
+        batch, others = batches, None
         if is_scanned:
-            _check_stack(batches)
-        batch = jax.tree.map(lambda x: x[0], batches) if is_scanned else batches
+            batch, others = _first_and_others(batches, walks[0].memory)
         # In transparent mode a pass may be inside a walk: it is given keys of its own,
         # and what it makes of aux is dropped.
         inside = jnp.array(False)
@@ -136,7 +144,7 @@ def make_train_step(
             inside = walks[0].step > 0
             forked = _fork_keys(aux, walks[0].gradient_evaluations)
             given = trees.where(inside, forked, aux)
-        (loss, new_aux), grads = value_and_grad(params, batch, given)
+        (loss, new_aux), grads = first_gradient(params, batch, given)
         _check_aux(new_aux, aux)
         clean = jnp.logical_not(inside) & trees.all_finite(new_aux, aux)
         new_aux = trees.where(clean, new_aux, aux)
@@ -152,7 +160,7 @@ def make_train_step(
                 return (grads, aux) if has_aux else grads
 
             extra_args["grad_fn"] = grad_fn
-            extra_args["batches"] = jax.tree.map(lambda x: x[1:], batches)
+            extra_args["batches"] = _in_groups(others, num_groups, axis=1)
             count = walks[0].gradient_evaluations + 1
             extra_args["aux"] = _fork_keys(new_aux, count)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
@@ -160,6 +168,40 @@ def make_train_step(
         return (params, opt_state, loss) + ((new_aux,) if has_aux else ())
 
     return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+
+
+def _of_groups(value_and_grad, num_groups):
+    """Mean losses and a gradient for each group of samples, stacked."""
+    if checks.integer("num_groups", num_groups, 1) == 1:
+        return value_and_grad
+
+    def of_groups(params, batch, aux):
+        groups = _in_groups(batch, num_groups, axis=0)
+        of_each = jax.vmap(value_and_grad, (None, 0, None))
+        means, grads = of_each(params, groups, aux)
+        return trees.mean_of_groups(means), grads
+
+    return of_groups
+
+
+def _in_groups(batches, num_groups, axis):
+    """The samples along an axis as [groups, samples of a group], if there are many."""
+    if num_groups == 1:
+        return batches
+
+    def split(leaf):
+        shape = jnp.shape(leaf)
+        samples = shape[axis] if len(shape) > axis else 0
+        if not samples or samples % num_groups:
+            raise ValueError(
+                f"every minibatch must be a multiple of num_groups={num_groups} long, "
+                f"got {samples} samples in an array of shape {shape}. Choose another "
+                "size of the minibatch, or another `num_groups`."
+            )
+        groups = (num_groups, samples // num_groups)
+        return jnp.reshape(leaf, (*shape[:axis], *groups, *shape[axis + 1 :]))
+
+    return jax.tree.map(split, batches)
 
 
 def _check_mode(mode, is_scanned):
@@ -170,6 +212,17 @@ def _check_mode(mode, is_scanned):
             f"`mode` is {mode!r}, but this optimizer takes {takes} per update. Build "
             f"it with mode={mode!r}, or leave `mode` out."
         )
+
+
+def _first_and_others(batches, memory):
+    """The minibatch of the first gradient, and the stack of the others'."""
+    if getattr(memory, "one_minibatch", False):
+        return batches, jax.tree.map(lambda x: jnp.asarray(x)[None], batches)
+    _check_stack(batches)
+    return tuple(
+        jax.tree.map(lambda x, part=part: x[part], batches)
+        for part in (0, slice(1, None))
+    )
 
 
 def _check_stack(batches):
