@@ -28,6 +28,8 @@ from optax_flat._methods.ensemble_kalman import (
     EnsembleKalmanState as EnsembleKalmanState,
 )
 from optax_flat._methods.ensemble_kalman import ensemble_kalman as ensemble_kalman
+from optax_flat._methods.functional_sam import FunctionalSAMState as FunctionalSAMState
+from optax_flat._methods.functional_sam import functional_sam as functional_sam
 from optax_flat._methods.langevin import LangevinNoiseState as LangevinNoiseState
 from optax_flat._methods.langevin import PSGLDState as PSGLDState
 from optax_flat._methods.langevin import SGHMCState as SGHMCState
@@ -38,8 +40,12 @@ from optax_flat._methods.langevin import sgld as sgld
 from optax_flat._methods.local_entropy import entropy_adam as entropy_adam
 from optax_flat._methods.local_entropy import entropy_sgd as entropy_sgd
 from optax_flat._methods.local_entropy import local_entropy as local_entropy
+from optax_flat._methods.lookbehind_sam import LookbehindSAMState as LookbehindSAMState
+from optax_flat._methods.lookbehind_sam import lookbehind_sam as lookbehind_sam
 from optax_flat._methods.loss_slope import LossSlopeState as LossSlopeState
 from optax_flat._methods.loss_slope import scale_by_loss_slope as scale_by_loss_slope
+from optax_flat._methods.momentum_sam import MomentumSAMState as MomentumSAMState
+from optax_flat._methods.momentum_sam import momentum_sam as momentum_sam
 from optax_flat._methods.nesterov import (
     MultipointNesterovState as MultipointNesterovState,
 )
@@ -68,5 +74,7 @@ from optax_flat._methods.sam_variants import loss_equated_sam as loss_equated_sa
 from optax_flat._methods.sam_variants import stable_sam as stable_sam
 from optax_flat._methods.sam_variants import wsam as wsam
 from optax_flat._methods.sam_variants import zsharp as zsharp
+from optax_flat._methods.sampa import SAMPaState as SAMPaState
+from optax_flat._methods.sampa import sampa as sampa
 
 __version__ = _version("optax_flat")

@@ -361,6 +361,42 @@ def adaptive_sam(gradient, x, *, rate, rho):
     return (x - y) / rate
 
 
+def momentum_sam(q: Quadratic, x, *, rate, momentum, rho):
+    """Where three updates lead the perturbed point, minus x."""
+    w, v, wt = x, 0.0, x
+    for _ in range(3):
+        v = momentum * v + q.H @ (wt - q.c)
+        w = w - rate * v
+        wt = w - rho * unit(v)
+    return wt - x
+
+
+def lookbehind_step(q: Quadratic, x, *, rate, rho, alpha):
+    """Displacement after three ascents and as many descents."""
+    point, fast = x, x
+    for _ in range(3):
+        point = point + rho * unit(q.H @ (point - q.c))
+        fast = fast - rate * q.H @ (point - q.c)
+    return alpha * (fast - x)
+
+
+def parallel_sam(q: Quadratic, x, *, rate, rho, lam):
+    """Where three updates lead the point ahead, minus x."""
+    w, y, before = x, x, None
+    for _ in range(3):
+        there = w if before is None else w + rho * unit(before)
+        before = q.H @ (y - q.c)
+        w = w - rate * ((1 - lam) * q.H @ (there - q.c) + lam * before)
+        y = w - rate * before
+    return y - x
+
+
+def functional_sam_step(q: Quadratic, x, *, rate, rho):
+    """Displacement for the output f and the loss f^2 / 2."""
+    f, g = (x - q.c) @ q.H @ (x - q.c) / 2, q.H @ (x - q.c)
+    return -rate * f * q.H @ (x + rho * unit(f * g) - q.c)
+
+
 def unit(g):
     """g / ||g||."""
     return g / np.linalg.norm(g)
@@ -480,6 +516,80 @@ METHODS = [
         closed_form_updates=3,
         ends_early=True,
         bad=[({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1")],
+    ),
+    Method(
+        name="momentum_sam",
+        arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.1},
+        floats={"rho": 0.3},
+        noisy={},
+        off={"rho": 0.0, "outer": optax.sgd(0.1, momentum=0.9)},
+        off_is=optax.sgd(0.1, momentum=0.9),
+        closed_form=lambda q, x: momentum_sam(q, x, rate=0.1, momentum=0.8, rho=0.4),
+        closed_form_arguments={"outer": optax.sgd(0.1, momentum=0.8), "rho": 0.4},
+        closed_form_updates=3,
+        bad=[*SAM_BAD[:2], *SAM_BAD[3:]],
+        length=1,
+        of_length=None,
+        looks_ahead=True,
+    ),
+    Method(
+        name="lookbehind_sam",
+        arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.05, "num_steps": 3},
+        floats={"rho": 0.2, "alpha": 0.9},
+        noisy={},
+        off={
+            "rho": 0.0,
+            "alpha": 1.0,
+            "num_steps": 1,
+            "outer": optax.sgd(0.1, momentum=0.9),
+        },
+        off_is=optax.sgd(0.1, momentum=0.9),
+        closed_form=lambda q, x: lookbehind_step(q, x, rate=0.1, rho=0.2, alpha=0.7),
+        closed_form_arguments={"outer": optax.sgd(0.1), "rho": 0.2, "alpha": 0.7},
+        bad=[
+            *SAM_BAD[:2],
+            *SAM_BAD[3:],
+            ({"alpha": 0.0}, ValueError, r"`alpha` must lie in \(0, 1\], got 0"),
+            ({"num_steps": 0}, ValueError, "`num_steps` must be an int >= 1, got 0"),
+        ],
+        length=4,
+        off_length=2,
+        of_length=lambda n: {"num_steps": n - 1},
+    ),
+    Method(
+        name="sampa",
+        arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.1},
+        floats={"rho": 0.3, "lam": 0.9},
+        noisy={},
+        # With lam = 0 and no radius the gradient at w alone counts.
+        off={"rho": 0.0, "lam": 0.0, "outer": optax.sgd(0.1, momentum=0.9)},
+        off_is=optax.sgd(0.1, momentum=0.9),
+        closed_form=lambda q, x: parallel_sam(q, x, rate=0.1, rho=0.4, lam=0.3),
+        closed_form_arguments={"outer": optax.sgd(0.1), "rho": 0.4, "lam": 0.3},
+        closed_form_updates=3,
+        bad=[
+            *SAM_BAD[:2],
+            *SAM_BAD[3:],
+            ({"lam": 1.5}, ValueError, r"`lam` must lie in \[0, 1\], got 1.5"),
+        ],
+        length=2,
+        off_length=2,
+        of_length=None,
+        looks_ahead=True,
+    ),
+    Method(
+        name="functional_sam",
+        arguments={"outer": optax.sgd(3e-3), "rho": 0.1},
+        floats={"rho": 0.3},
+        noisy={},
+        off={"outer": optax.set_to_zero()},
+        off_is=optax.set_to_zero(),
+        closed_form=lambda q, x: functional_sam_step(q, x, rate=0.1, rho=0.4),
+        closed_form_arguments={"outer": optax.sgd(0.1), "rho": 0.4},
+        bad=[*SAM_BAD[:2], SAM_BAD[-1]],
+        modes=FORWARD,
+        length=1,
+        keeps_floats=False,
     ),
     Method(
         name="local_entropy",

@@ -264,3 +264,71 @@ def replay(tx, mode, golden, *, repeats, atol, start=None):
         ours = np.stack([params[leaf] for params in run.path])
         np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=atol)
     return run
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", ["msam_becker", "msam_becker_wd"])
+def test_momentum_sam(name, mode, x64):
+    """Weight decay at the perturbed point, on which the params stand."""
+    meta, golden = load(name)
+    config = meta["config"]
+    tx = optax_flat.momentum_sam(
+        optax.sgd(config["lr"], config["momentum"]),
+        rho=config["rho"],
+        inner_transform=optax.add_decayed_weights(config["weight_decay"]),
+        mode=mode,
+    )
+    run = replay(tx, mode, golden, repeats=1, atol=1e-11)
+    for leaf in ("W", "b"):
+        # Their perturbation at the end of a step is that of the next one's gradient.
+        last = golden[f"{leaf}_stored"][-1]
+        np.testing.assert_allclose(run.params[leaf], last, rtol=0, atol=1e-11)
+
+
+def test_momentum_sam_with_adamw(x64):
+    """The authors' class decays after the Adam step."""
+    meta, golden = load("msam_becker_adamw")
+    config = meta["config"]
+    rate, shrink = config["lr"], 1 - config["lr"] * config["weight_decay"]
+
+    def decay_behind(updates, state, params):
+        return jax.tree.map(lambda u, w: shrink * (w + u) - w, updates, params), state
+
+    decay = optax.GradientTransformation(lambda params: (), decay_behind)
+    outer = optax.chain(optax.adam(rate, *config["betas"], config["eps"]), decay)
+    tx = optax_flat.momentum_sam(outer, rho=config["rho"])
+    replay(tx, "scanned", golden, repeats=1, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", ["sampa_lions", "sampa_lions_wd"])
+def test_sampa(name, mode, x64):
+    """The gradient ahead on the present minibatch, the perturbed one on the last."""
+    meta, golden = load(name)
+    config = meta["config"]
+    tx = optax_flat.sampa(base(config), rho=config["rho"], lam=config["lam"], mode=mode)
+    params = {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
+    data = [
+        tuple(jnp.stack([golden[key][t], golden[key][max(t - 1, 0)]]) for key in "Xy")
+        for t in range(40)
+    ]
+    run = train(tx, mode, params, data, loss=cross_entropy)
+    for leaf in ("W", "b"):
+        ours = np.stack([params[leaf] for params in run.path])
+        np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", ["lookbehind_sam", "lookbehind_asam"])
+def test_lookbehind(name, mode, x64):
+    """Their 2 k gradients are k + 1 different ones."""
+    meta, golden = load(name)
+    config = meta["config"]
+    rule = None
+    if "eta" in config:
+        rule = optax_flat.ascent.adaptive_unit(config["eta"])
+    tx = optax_flat.lookbehind_sam(
+        base(config), rho=config["rho"], alpha=config["alpha"],
+        num_steps=config["k"], ascent=rule, mode=mode,
+    )  # fmt: skip
+    replay(tx, mode, golden, repeats=1 + config["k"], atol=1e-11)

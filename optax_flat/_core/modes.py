@@ -485,6 +485,20 @@ def build(
     return transparent(walk, **in_both)
 
 
+def stand_on(
+    point: optax.Params, anchor: optax.Params, params: optax.Params
+) -> tuple[optax.Updates, optax.Updates]:
+    """Updates that bring the params to a point, and the anchor's offset from there.
+
+    The offset is from where the params are after rounding, so that the anchor loses
+    nothing by it.
+    """
+    here = trees.cast_like(params, point)
+    updates = trees.rounded_like(optax.tree.sub(point, here), params)
+    there = trees.rounded_like(optax.tree.add(here, updates), params)
+    return updates, optax.tree.sub(anchor, there)
+
+
 def _more_of(walk, memory, go_on, grouped):
     """The body of the loop over a walk's further gradients, while it wants any."""
 
