@@ -53,6 +53,8 @@ class Method(NamedTuple):
     # Whether `eval_params` is not where its walks start, but behind a look-ahead point
     # or in a center.
     looks_ahead: bool = False
+    # Whether all that it does is seen in `eval_params`, and nothing in the params.
+    averages: bool = False
     # The arguments that give a walk another number of gradients.
     of_length: Callable[[int], dict[str, Any]] = lambda n: {"num_steps": n}
 
@@ -76,6 +78,10 @@ class Method(NamedTuple):
         except TypeError:
             return self.factory(**self.arguments | overrides)
         return _make(self.name, key)
+
+    def read(self, run: Any) -> Any:
+        """Where a run has led, as this method's closed form and limits mean it."""
+        return run.path[-1] if self.averages else run.params
 
     @property
     def factory(self) -> Callable[..., Any]:
@@ -252,6 +258,15 @@ def adadelta_steps(q: Quadratic, x, rate, decay, eps, initial, updates):
     return y + q.c - x
 
 
+def mean_descent(q: Quadratic, x, rate, weights):
+    """Displacement of a weighted mean of gradient descent's first iterates."""
+    y, points = x - q.c, []
+    for _ in weights:
+        y = y - rate * q.H @ y
+        points.append(y)
+    return np.average(points, axis=0, weights=weights) + q.c - x
+
+
 def normals(x, updates):
     """What the key 0 draws."""
     return [
@@ -275,6 +290,17 @@ ENSEMBLE_BAD = [
     ({"spread": "wide"}, TypeError, "`spread` must be a float > 0"),
     ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
 ]
+AVERAGING_BAD = [
+    ({"inner": 0.1}, TypeError, "`inner` must be an optax"),
+    ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be a floating"),
+]
+AVERAGING: dict[str, Any] = {
+    "noisy": {},
+    "keeps_floats": False,  # but points, which are rounded as the params are
+    "averages": True,
+    "modes": PLAIN,
+    "length": 1,
+}
 NEGATIVE_RATE = ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in")
 
 METHODS = [
@@ -729,6 +755,56 @@ METHODS = [
         keeps_floats=False,
         modes=PLAIN,
         length=1,
+    ),
+    Method(
+        name="swa",
+        arguments={"inner": optax.sgd(0.1), "start": 1},
+        floats={},
+        off={"start": 1000},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0, 1, 0, 1, 0]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "start": 1, "period": 2},
+        closed_form_updates=5,
+        bad=[
+            *AVERAGING_BAD,
+            ({"start": -1}, ValueError, "`start` must be an int >= 0, got -1"),
+            ({"start": 1.0}, TypeError, "`start` must be a Python int .* got 1.0"),
+            ({"period": 0}, ValueError, "`period` must be an int >= 1, got 0"),
+        ],
+        **AVERAGING,
+    ),
+    Method(
+        name="ema_weights",
+        arguments={"inner": optax.sgd(0.1), "decay": 0.5},
+        floats={"decay": 0.8},
+        off={"decay": 0.0},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0.49, 0.7, 1]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "decay": 0.7},
+        closed_form_updates=3,
+        bad=[
+            *AVERAGING_BAD,
+            ({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1"),
+            ({"debias": 1.0}, TypeError, "`debias` must be True or False"),
+        ],
+        **AVERAGING,
+    ),
+    Method(
+        name="lawa",
+        arguments={"inner": optax.sgd(0.1), "k": 2},
+        floats={},
+        off={"k": 1},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0, 0, 0, 1, 0, 1, 0, 1, 0]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "k": 3, "period": 2},
+        closed_form_updates=9,
+        bad=[
+            *AVERAGING_BAD,
+            ({"k": 0}, ValueError, "`k` must be an int >= 1, got 0"),
+            ({"k": 2.0}, TypeError, "`k` must be a Python int .* got 2.0"),
+            ({"period": 0}, ValueError, "`period` must be an int >= 1, got 0"),
+        ],
+        **AVERAGING,
     ),
 ]
 
