@@ -8,8 +8,8 @@ The points w are where each outer update of an optimizer leads: its *anchors*. I
 walk the params stand elsewhere, so an average goes around the optimizer, asks it for
 the anchor and takes it after outer updates only. Updates pass through unchanged.
 
-Papers: Izmailov et al., arXiv 1803.05407 (SWA); Kaddour, arXiv 2209.14981 (LAWA). How we
-differ is at the end of the docstrings.
+Papers: Izmailov et al., arXiv 1803.05407 (SWA); Kaddour, arXiv 2209.14981 (LAWA). How
+we differ is at the end of the docstrings.
 """
 
 from typing import Any, NamedTuple
