@@ -374,10 +374,9 @@ def test_accumulator_dtype(rule):
 def test_the_first_point_is_exact(rule):
     """However far the params were when the average was made."""
     tx = {"swa": swa(start=0), "lawa": lawa()}.get(rule) or RULES[rule][0]()
-    params = jnp.array([1e8, -1.0])
-    _, state = tx.update(jnp.array([1.0 - 1e8, 2.0]), tx.init(params), params)
-    there = jnp.array([1e8, -1.0]) + jnp.array([1.0 - 1e8, 2.0])
-    assert_equal(optax_flat.eval_params(state, there), there)
+    state = tx.init(jnp.array([1e8]))
+    _, state = tx.update(jnp.array([3.0]), state, jnp.zeros(1))
+    assert optax_flat.eval_params(state, jnp.array([3.0])) == 3.0
 
 
 def test_checkpoints_are_a_ring():

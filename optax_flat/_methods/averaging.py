@@ -31,7 +31,7 @@ class RunningAverageState(NamedTuple):
     average: optax.Params  # at least float32
     inner_state: optax.OptState
 
-    averages = True
+    averages = True  # see `modes.Evaluable`
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The average, or before its first point what `inner` evaluates."""
@@ -46,7 +46,7 @@ class LawaState(NamedTuple):
     checkpoints: optax.Params  # [k, ...], a ring, at least float32
     inner_state: optax.OptState
 
-    averages = True
+    averages = True  # see `modes.Evaluable`
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The mean of the checkpoints, or before the first what `inner` evaluates."""
@@ -158,7 +158,7 @@ def ema_weights(
 
     with d = `decay` and w where each outer update leads. With `debias` it starts at
     zero and is read divided by :math:`1 - \prod d`, the sum of the points' weights;
-    without, it starts as the first point, which then weighs :math:`1 / (1 - d)` times
+    without, it starts as the first point, which then weighs :math:`d / (1 - d)` times
     as much as the second.
 
     It trains as `inner` does, to the bit. What `eval_params` gives, which points are
