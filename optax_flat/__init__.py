@@ -16,6 +16,11 @@ from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.walk import Walk as Walk
+from optax_flat._methods.averaging import LawaState as LawaState
+from optax_flat._methods.averaging import RunningAverageState as RunningAverageState
+from optax_flat._methods.averaging import ema_weights as ema_weights
+from optax_flat._methods.averaging import lawa as lawa
+from optax_flat._methods.averaging import swa as swa
 from optax_flat._methods.classic import AdadeltaState as AdadeltaState
 from optax_flat._methods.classic import AdagradState as AdagradState
 from optax_flat._methods.classic import ClipByLeafNormState as ClipByLeafNormState

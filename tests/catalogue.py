@@ -57,6 +57,8 @@ class Method(NamedTuple):
     ends_early: bool = False
     # Gradients per update with the arguments `off`; all on one minibatch.
     off_length: int = 1
+    # Whether its closed form and limits are of `eval_params`, not of the params.
+    evaluated: bool = False
     # The arguments that give a walk another number of gradients, if any do.
     of_length: Callable[[int], dict[str, Any]] | None = lambda n: {"num_steps": n}
 
@@ -80,6 +82,10 @@ class Method(NamedTuple):
         except TypeError:
             return self.factory(**self.arguments | overrides)
         return _make(self.name, key)
+
+    def read(self, run: Any) -> Any:
+        """Where a run has led, as this method's closed form and limits mean it."""
+        return run.path[-1] if self.evaluated else run.params
 
     @property
     def factory(self) -> Callable[..., Any]:
@@ -256,6 +262,15 @@ def adadelta_steps(q: Quadratic, x, rate, decay, eps, initial, updates):
     return y + q.c - x
 
 
+def mean_descent(q: Quadratic, x, rate, weights):
+    """Displacement of a weighted mean of gradient descent's first iterates."""
+    y, points = x - q.c, []
+    for _ in weights:
+        y = y - rate * q.H @ y
+        points.append(y)
+    return np.average(points, axis=0, weights=weights) + q.c - x
+
+
 def normals(x, updates):
     """What the key 0 draws."""
     return [
@@ -279,6 +294,17 @@ ENSEMBLE_BAD = [
     ({"spread": "wide"}, TypeError, "`spread` must be a float > 0"),
     ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
 ]
+AVERAGING_BAD = [
+    ({"inner": 0.1}, TypeError, "`inner` must be an optax"),
+    ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be a floating"),
+]
+AVERAGING: dict[str, Any] = {
+    "noisy": {},
+    "keeps_floats": False,  # but points, which are rounded as the params are
+    "evaluated": True,
+    "modes": PLAIN,
+    "length": 1,
+}
 NEGATIVE_RATE = ({"learning_rate": -1.0}, ValueError, "`learning_rate` must lie in")
 
 SAM_BAD = [
@@ -381,14 +407,14 @@ def lookbehind_step(q: Quadratic, x, *, rate, rho, alpha):
 
 
 def parallel_sam(q: Quadratic, x, *, rate, rho, lam):
-    """Where three updates lead the point ahead, minus x."""
+    """Displacement of w after three updates."""
     w, y, before = x, x, None
     for _ in range(3):
         there = w if before is None else w + rho * unit(before)
         before = q.H @ (y - q.c)
         w = w - rate * ((1 - lam) * q.H @ (there - q.c) + lam * before)
         y = w - rate * before
-    return y - x
+    return w - x
 
 
 def functional_sam_step(q: Quadratic, x, *, rate, rho):
@@ -530,11 +556,12 @@ METHODS = [
         bad=[*SAM_BAD[:2], *SAM_BAD[3:]],
         length=1,
         of_length=None,
+        keeps_floats=False,  # but the rounding of the params, in `offset`
         looks_ahead=True,
     ),
     Method(
         name="lookbehind_sam",
-        arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.05, "num_steps": 3},
+        arguments={"outer": optax.sgd(0.02, momentum=0.5), "rho": 0.05, "num_steps": 3},
         floats={"rho": 0.2, "alpha": 0.9},
         noisy={},
         off={
@@ -575,6 +602,8 @@ METHODS = [
         length=2,
         off_length=2,
         of_length=None,
+        keeps_floats=False,  # but the rounding of the params, in `offset`
+        evaluated=True,
         looks_ahead=True,
     ),
     Method(
@@ -1042,6 +1071,56 @@ METHODS = [
         keeps_floats=False,
         modes=PLAIN,
         length=1,
+    ),
+    Method(
+        name="swa",
+        arguments={"inner": optax.sgd(0.1), "start": 1},
+        floats={},
+        off={"start": 1000},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0, 1, 0, 1, 0]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "start": 1, "period": 2},
+        closed_form_updates=5,
+        bad=[
+            *AVERAGING_BAD,
+            ({"start": -1}, ValueError, "`start` must be an int >= 0, got -1"),
+            ({"start": 1.0}, TypeError, "`start` must be a Python int .* got 1.0"),
+            ({"period": 0}, ValueError, "`period` must be an int >= 1, got 0"),
+        ],
+        **AVERAGING,
+    ),
+    Method(
+        name="ema_weights",
+        arguments={"inner": optax.sgd(0.1), "decay": 0.5},
+        floats={"decay": 0.8},
+        off={"decay": 0.0},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0.49, 0.7, 1]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "decay": 0.7},
+        closed_form_updates=3,
+        bad=[
+            *AVERAGING_BAD,
+            ({"decay": 1.0}, ValueError, r"`decay` must lie in \[0, 1\), got 1"),
+            ({"debias": 1.0}, TypeError, "`debias` must be True or False"),
+        ],
+        **AVERAGING,
+    ),
+    Method(
+        name="lawa",
+        arguments={"inner": optax.sgd(0.1), "k": 2},
+        floats={},
+        off={"k": 1},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: mean_descent(q, x, 0.2, [0, 0, 0, 1, 0, 1, 0, 1, 0]),
+        closed_form_arguments={"inner": optax.sgd(0.2), "k": 3, "period": 2},
+        closed_form_updates=9,
+        bad=[
+            *AVERAGING_BAD,
+            ({"k": 0}, ValueError, "`k` must be an int >= 1, got 0"),
+            ({"k": 2.0}, TypeError, "`k` must be a Python int .* got 2.0"),
+            ({"period": 0}, ValueError, "`period` must be an int >= 1, got 0"),
+        ],
+        **AVERAGING,
     ),
 ]
 

@@ -237,7 +237,8 @@ def test_inject_hyperparams(method, mode):
         hyperparams = start.hyperparams | {name: jnp.float32(value)}
         state = start._replace(hyperparams=hyperparams)
         changed = train(injected, mode, ragged_params(), data, state)
-        assert largest_difference(changed.params, run.params) > 1e-6, name
+        difference = largest_difference(method.read(changed), method.read(run))
+        assert difference > 1e-6, name
 
 
 @pytest.mark.parametrize(
@@ -621,7 +622,7 @@ def test_off_is_the_known_optimizer(method, mode):
     off = train(method.make(**method.off, mode=mode), mode, ragged_params(), repeated)
     known = train(method.off_is, "transparent", ragged_params(), data)
     # x - mu cancels digits, which Adam's division brings back.
-    assert_close(off.params, known.params, factor=10)
+    assert_close(method.read(off), known.params, factor=10)
 
 
 @every_case
@@ -641,12 +642,12 @@ def test_on_closed_form(method, mode, x64):
     updates = method.closed_form_updates
     run = train(tx, mode, jnp.asarray(x), jnp.zeros((updates, length)), loss=f)
     expected = x + method.closed_form(quadratic, x)
-    np.testing.assert_allclose(run.params, expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(method.read(run), expected, rtol=0, atol=1e-12)
     off = train(
         method.make(**method.closed_form_arguments | method.off, mode=mode),
         mode, jnp.asarray(x), jnp.zeros((updates, method.off_length)), loss=f,
     )  # fmt: skip
-    assert largest_difference(off.params, run.params) > 1e-3
+    assert largest_difference(method.read(off), method.read(run)) > 1e-3
 
 
 INNER_TRANSFORMS = {
@@ -762,7 +763,7 @@ def test_resume_bit_exact(method, mode, tmp_path):
     if mode == "transparent":
         data = data.reshape(-1, *data.shape[2:])[:, None]  # one gradient per call
     half = len(data) // 2 + (mode == "transparent")
-    assert mode != "transparent" or half % method.length
+    assert mode != "transparent" or method.length == 1 or half % method.length
     straight = train(tx, mode, ragged_params(), data)
     saved = train(tx, mode, ragged_params(), data[:half])[:2]
     fresh = (ragged_params(), tx.init(ragged_params()))

@@ -24,11 +24,19 @@ MODES = ("scanned", "transparent")
 
 @runtime_checkable
 class Evaluable(Protocol):
-    """An optimizer state that knows where to evaluate the model."""
+    """An optimizer state that knows where to evaluate the model.
+
+    One that takes the params it is handed for points to average says so by a class
+    attribute ``averages = True``.
+    """
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The params to evaluate and to save."""
         ...
+
+
+class AveragesBesideAWalkError(ValueError):
+    """An average was handed points that are not the anchors."""
 
 
 @runtime_checkable
@@ -370,10 +378,11 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     """The params to evaluate, to log and to save.
 
     In transparent mode the params wander between outer updates; this gives the anchor
-    of the walk back, at any moment. It finds the states inside `optax.chain`,
-    `masked`, `partition`, `inject_hyperparams`, `MultiSteps` and `apply_if_finite`.
-    For an optimizer whose params never leave their anchor it returns them as they are,
-    so code that calls it serves every optimizer.
+    of the walk back, at any moment. With an average (`swa`, `ema_weights`, `lawa`) it
+    gives that. It finds the states inside `optax.chain`, `masked`, `partition`,
+    `inject_hyperparams`, `MultiSteps` and `apply_if_finite`. For an optimizer whose
+    params never leave their anchor it returns them as they are, so code that calls it
+    serves every optimizer.
 
     Args:
       opt_state: the state of an optimizer that contains any number of our methods, such
@@ -388,7 +397,8 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     Raises:
       ValueError: the two arguments were swapped; or the state has lost the classes that
         say what it is, as it does when it is restored from a file without a target; or
-        it belongs to params of another structure.
+        it belongs to params of another structure; or an average (`swa`) stands in a
+        chain beside a method whose params leave their anchor, not around it.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_flat
@@ -418,16 +428,18 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         )
     arrays = _plain(params)
     try:
-        evaluated = _evaluated(_plain(opt_state), arrays)
+        there = evaluated(_plain(opt_state), arrays)
+    except AveragesBesideAWalkError:
+        raise
     except ValueError as error:
         raise ValueError(
             "the optimizer's state belongs to other params.\n"
             f"  params: {jax.tree.structure(params)}\n"
             "Pass the params and the state that one `update` led to."
         ) from error
-    if evaluated is arrays:
+    if there is arrays:
         return params
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(evaluated))
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(there))
 
 
 def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, Any]]:
@@ -464,6 +476,32 @@ def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
     """All outermost states of a kind (a type or a union) in an optimizer's state."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
     return [leaf for leaf in leaves if isinstance(leaf, kind)]
+
+
+def evaluated(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
+    """What `eval_params` gives, for a state and params that need no checks.
+
+    Raises:
+      AveragesBesideAWalkError: an average stands beside a state that leads the same
+        leaves elsewhere, so that it was handed something else than the anchor.
+    """
+    by_averages, by_others = set(), set()
+    for state in states(opt_state, Evaluable):
+        before, params = params, state.eval_params(params)
+        leaves = zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True)
+        # What a state does not move it returns as it is.
+        led = {i for i, (old, new) in enumerate(leaves) if new is not old}
+        averages = getattr(state, "averages", False)
+        (by_averages if averages else by_others).update(led)
+    if by_averages & by_others:
+        raise AveragesBesideAWalkError(
+            "an average stands in a chain beside an optimizer whose params leave their "
+            "anchor (in transparent mode, behind a look-ahead point, around a center), "
+            "so what it has averaged are not the anchors. Wrap the optimizer: "
+            "optax_flat.swa(optax.chain(...), start=...) in the place of "
+            "optax.chain(..., optax_flat.swa(start=...))."
+        )
+    return params
 
 
 def build(
@@ -652,13 +690,7 @@ def _anchor(memory, first_point):
         anchor = trees.map_selected(
             lambda o, p: (p + o).astype(p.dtype), offset, first_point
         )
-    return _evaluated(memory, anchor)  # the walk's outer optimizer may know better
-
-
-def _evaluated(opt_state, params):
-    for state in states(opt_state, Evaluable):
-        params = state.eval_params(params)
-    return params
+    return evaluated(memory, anchor)  # the walk's outer optimizer may know better
 
 
 def _difference(target, params):

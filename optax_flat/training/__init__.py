@@ -1,7 +1,8 @@
-"""Training helpers: a step in one line, a Flax train state, losses, samples."""
+"""Training helpers: a step, a Flax train state, losses, samples, batch statistics."""
 
 from typing import TYPE_CHECKING
 
+from optax_flat.training.batch_stats import update_batch_stats as update_batch_stats
 from optax_flat.training.history import History as History
 from optax_flat.training.sampling import Samples as Samples
 from optax_flat.training.sampling import collect_samples as collect_samples
