@@ -12,8 +12,10 @@ whose pixels are averaged in squares of 2x2. Every run spends the same number of
 gradients of minibatches of 64, in the same order for all methods, each with its
 textbook rate (see `METHODS`; nothing is tuned) and with three tenths of it, so that the
 minima differ. Rates fall to 0 by a cosine, but for coolmomentum, whose momentum falls
-from 0.99 to 0 instead. nesterov_thirds takes three gradients of a minibatch, so it sees
-the first third of them.
+from 0.99 to 0 instead, and for swa, whose rate falls to its half and stays there while
+the last quarter of the points is averaged. nesterov_thirds takes three gradients of a
+minibatch, so it sees the first third of them; sam, asam and gsam take two, and see the
+first half. These three, momentum_sam and swa have SGD with momentum inside.
 
 At the end of a run: accuracies and losses on the training images, with the labels that
 were trained, and on the test images, whose labels are right; the gaps between the two,
@@ -50,6 +52,7 @@ from harness import (
     Images,
     Row,
     Rows,
+    averaged_sgd,
     load_images,
     parser,
     random_images,
@@ -125,6 +128,17 @@ def coolmomentum(rate, updates, key):
     return optax_flat.coolmomentum(rate, momentum)
 
 
+def swa(rate, updates, key):
+    """The schedule of SWA's authors."""
+    del key
+    return averaged_sgd(rate, updates)
+
+
+def around_sgd(method: Callable[..., Any], **settings: Any):
+    """A method around SGD with momentum."""
+    return lambda rate, *_: method(optax.sgd(rate, 0.9), **settings)
+
+
 METHODS = {
     "sgd": Method(lambda rate, *_: optax.sgd(rate, 0.9), 0.1),
     "adam": Method(lambda rate, *_: optax.adam(rate), 1e-3),
@@ -135,7 +149,15 @@ METHODS = {
     "nesterov_thirds": Method(
         lambda rate, *_: optax_flat.multipoint_nesterov(rate, nodes="thirds"), 0.1, 3
     ),
+    "sam": Method(around_sgd(optax_flat.sam, rho=0.05), 0.1, 2),
+    "asam": Method(around_sgd(optax_flat.asam, rho=0.5), 0.1, 2),
+    "gsam": Method(around_sgd(optax_flat.gsam, rho=0.05, alpha=0.4), 0.1, 2),
+    "momentum_sam": Method(  # transparent: its one minibatch comes without an axis
+        around_sgd(optax_flat.momentum_sam, rho=0.3, mode="transparent"), 0.1
+    ),
+    "swa": Method(swa, 0.1, falls=False),
 }
+ONE_MINIBATCH = ("sam", "asam", "gsam")  # for both gradients of an update
 
 LAYERS = {  # shapes of the kernels
     "mlp": ((196, 64), (64, 64), (64, CLASSES)),
@@ -299,6 +321,8 @@ def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> R
     length = METHODS[name].num_steps
     if name == "nesterov_thirds":  # one minibatch at all points
         order = order[: len(order) // length, None].repeat(length, axis=1)
+    elif name in ONE_MINIBATCH:
+        order = order[: len(order) // length]
     elif length > 1:
         order = order.reshape(-1, length, sizes.batch)
 
@@ -319,7 +343,8 @@ def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> R
     row = {
         **run._asdict(),
         "cell": run.cell,
-        "gradient_evaluations": order.size // sizes.batch,
+        "rate": run.factor * METHODS[name].rate,
+        "gradient_evaluations": sizes.evaluations,
         "forward_passes": 0,
         "seconds": seconds,
         "measuring_seconds": time.perf_counter() - start,
@@ -352,7 +377,10 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         for found in zip(*((r["labels"], place(r)) for r in rows), strict=True)
     )
     markers = dict(zip(places, "os^Dv<>P", strict=False))
-    colours = dict(zip(METHODS, COLOURS, strict=True))
+    # A colour for two methods, one with full and one with open markers.
+    fills = dict(
+        zip(METHODS, itertools.product(("full", "none"), COLOURS), strict=False)
+    )
     figure, grid = plt.subplots(
         len(kinds), len(SHOWN), figsize=(11, 1.2 + 2.6 * len(kinds)), squeeze=False,
         layout="constrained", sharex="col", sharey="row",
@@ -362,7 +390,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             continue
         axes[kinds.index(row["labels"])].plot(
             row[SHOWN[measured]], row["error_gap"], markers[place(row)],
-            color=colours[row["optimizer"]], alpha=0.75, markeredgewidth=0,
+            **looks(*fills[row["optimizer"]]), alpha=0.75,
         )  # fmt: skip
     for axes in grid.flat:
         axes.set_xscale("log")
@@ -372,15 +400,21 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel(f"{kind} labels\ntest minus training error, %")
     for name, axes in zip(SHOWN, grid[-1], strict=True):
         axes.set_xlabel(name.replace("_", " "))
-    legend = [(method, "o", colours[method]) for method in colours]
-    legend += [(name, marker, "#777777") for name, marker in markers.items()]
+    legend = [(method, "o", looks(*fills[method])) for method in METHODS]
+    legend += [(name, marker, {"color": "#777777"}) for name, marker in markers.items()]
     handles = [
-        plt.Line2D([], [], linestyle="", marker=marker, color=colour, label=name)
-        for name, marker, colour in legend
+        plt.Line2D([], [], linestyle="", marker=marker, label=name, **look)
+        for name, marker, look in legend
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=200)
     plt.close(figure)
+
+
+def looks(fill: str, colour: str) -> dict[str, Any]:
+    """Of a marker."""
+    width = 0.0 if fill == "full" else 1.2
+    return {"fillstyle": fill, "color": colour, "markeredgewidth": width}
 
 
 def place(row: Row) -> str:
@@ -424,7 +458,7 @@ def main() -> None:
     runs = {run.name: run for run in itertools.starmap(Run, combined)}
     settings = {
         **sizes._asdict(), "data": list(sets), "temperature": TEMPERATURE,
-        "gamma": GAMMA, "rates": {name: METHODS[name].rate for name in METHODS},
+        "gamma": GAMMA,
     }  # fmt: skip
     rows = Rows(options.out, settings)
     for name, seed in rows.pending(list(runs), range(options.seeds)):

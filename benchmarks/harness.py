@@ -22,6 +22,8 @@ import numpy as np
 import optax
 from tqdm.auto import tqdm
 
+import optax_flat
+
 Row = dict[str, Any]
 
 # Minibatch gradients; forward passes beside those of the gradients; time without
@@ -187,6 +189,20 @@ def falling(rate: float, updates: int, factor: float, *fractions: float):
     return optax.piecewise_constant_schedule(
         rate, {int(fraction * updates): factor for fraction in fractions}
     )
+
+
+def averaged_sgd(
+    rate: optax.Schedule, updates: int, part: jax.typing.ArrayLike = 0.5
+) -> optax.GradientTransformationExtraArgs:
+    """SWA of SGD with momentum, over the last quarter of the updates.
+
+    The rate falls linearly to a part of it, from half to nine tenths of the way there,
+    and stays, as in the code of SWA's authors.
+    """
+    start = 3 * updates // 4
+    factor = optax.linear_schedule(1.0, part, int(0.4 * start), start // 2)
+    inner = optax.sgd(lambda count: factor(count) * rate(count), 0.9)
+    return optax_flat.swa(inner, start=start)
 
 
 def bars(rows: Iterable[Row], measure: str, label: str, path: Path) -> None:

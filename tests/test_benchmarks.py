@@ -24,13 +24,18 @@ METHODS = {
     "ensemble_time": ["ensemble_kalman"],
     "mnist_ensemble": ["adam_perturbation", "eki"],
     "flatness_time": ["top_eigenvalue", "top_eigenvalue_few_images"],
-    "flat_study": ["sgd", "entropy_sgd"],
+    "flat_study": ["sgd", "entropy_sgd", "asam"],
+    "label_noise": ["sgd", "friendly_sam", "entropy_sgd"],
     "scaling": ["sgd/strong/1", "sgd/strong/8"],
     "memory": ["sgd", "sgld"],
     "compile_time": ["entropy_sgd_noiseless", "entropy_sgd_normal"],
 }
 # What the rows are called, if not like the methods.
-ROWS = {"flat_study": "random-noisy-mlp/{}/x1", "compile_time": "{}/4"}
+ROWS = {
+    "flat_study": "random-noisy-mlp/{}/x1",
+    "label_noise": "random-40/{}",
+    "compile_time": "{}/4",
+}
 
 
 @pytest.fixture
