@@ -192,15 +192,15 @@ def falling(rate: float, updates: int, factor: float, *fractions: float):
 
 
 def averaged_sgd(
-    rate: optax.Schedule, updates: int, part: jax.typing.ArrayLike = 0.5
+    rate: optax.Schedule, updates: int
 ) -> optax.GradientTransformationExtraArgs:
     """SWA of SGD with momentum, over the last quarter of the updates.
 
-    The rate falls linearly to a part of it, from half to nine tenths of the way there,
-    and stays, as in the code of SWA's authors.
+    The rate falls linearly to its half, from half to nine tenths of the way there, and
+    stays, as in the code of SWA's authors.
     """
     start = 3 * updates // 4
-    factor = optax.linear_schedule(1.0, part, int(0.4 * start), start // 2)
+    factor = optax.linear_schedule(1.0, 0.5, int(0.4 * start), start // 2)
     inner = optax.sgd(lambda count: factor(count) * rate(count), 0.9)
     return optax_flat.swa(inner, start=start)
 
