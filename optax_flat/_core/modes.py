@@ -504,6 +504,11 @@ def evaluated(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
     return params
 
 
+def one_minibatch(memory: Any) -> bool:
+    """Whether all gradients of a walk belong to one minibatch."""
+    return getattr(memory, "one_minibatch", False)
+
+
 def build(
     walk: Walk, arguments: LoopArguments, num_groups: int = 1
 ) -> optax.GradientTransformationExtraArgs:
@@ -588,7 +593,7 @@ def _check_batches(memory, batches, length, num_groups):
             f"first, with leading axes [L - 1, {num_groups}]; make_train_step(..., "
             f"num_groups={num_groups}) does so itself."
         )
-    if getattr(memory, "one_minibatch", False):
+    if one_minibatch(memory):
         batches = jax.tree.map(functools.partial(_repeated, length - 1), batches)
     checks.leading_axis(batches, length - 1)
     for leaf in jax.tree.leaves(batches):
