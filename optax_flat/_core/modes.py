@@ -428,9 +428,9 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
             "`opt_state` itself. A state of your own should be a NamedTuple."
         )
-    arrays = _plain(params)
+    arrays = plain(params)
     try:
-        evaluated = _evaluated(_plain(opt_state), arrays)
+        evaluated = _evaluated(plain(opt_state), arrays)
     except ValueError as error:
         raise ValueError(
             "the optimizer's state belongs to other params.\n"
@@ -459,7 +459,7 @@ def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, A
         yield place, node
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The tree with arrays in the place of NNX's variables."""
     nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
     return tree if nnx is None else nnx.as_pure(tree)

@@ -159,11 +159,8 @@ def multipoint_nesterov(
         count = jnp.asarray(optax.safe_increment(memory.count))
         theta = optax.tree.sub(inner.anchor, v)
         ahead = nodes[0] * at(momentum, count)
-        # From where the params are after rounding, so that theta loses nothing by it.
-        here = trees.cast_like(params, theta)
-        updates = jax.tree.map(lambda x, v, p: x - ahead * v - p, theta, v, here)
-        updates = trees.rounded_like(updates, params)
-        there = trees.rounded_like(optax.tree.add(here, updates), params)
+        point = jax.tree.map(lambda x, v: x - ahead * v, theta, v)
+        updates, there = trees.steps_to(point, params)
         offset = optax.tree.sub(theta, there)
         return updates, MultipointNesterovState(count, v, offset)
 
