@@ -17,7 +17,6 @@ Paper: Shen et al., arXiv 2402.17641 (ICML 2024). Codes: ivon-opt (PyTorch, the
 authors') and ivon-optax; how we differ from them is at the end of `ivon`'s docstring.
 """
 
-import functools
 from typing import NamedTuple, Unpack
 
 import jax
@@ -27,7 +26,7 @@ import optax
 from optax_flat._core import checks, keys, modes, trees
 from optax_flat._core.arguments import KeyArgument, LoopArguments, factory
 from optax_flat._core.hyperparams import at
-from optax_flat._core.noise import KINDS, draw_around, first_seed, next_seed
+from optax_flat._core.noise import KINDS, draw_around, draw_from, first_seed, next_seed
 from optax_flat._core.walk import Walk
 
 
@@ -53,14 +52,43 @@ class IVONState(NamedTuple):
         return _deviations(self.hess, self.ess, self.weight_decay)
 
 
+class _Others(NamedTuple):
+    """What the samples behind the first one need."""
+
+    anchor: optax.Params  # m
+    seed: jax.Array  # uint32, [2], of the next draw
+
+
 class _Inner(NamedTuple):
     """The samples of one update; the trees are in the accumulator dtype."""
 
-    anchor: optax.Params  # m
-    seed: jax.Array | None  # uint32, [2], of the next draw; None if there is none
     point: optax.Params
     total: optax.Updates  # sum of g so far
     product: optax.Updates  # sum of g (w - m) so far
+    others: _Others | None  # None if there is one sample
+
+
+class _Settings(NamedTuple):
+    """The arguments of `ivon`."""
+
+    learning_rate: optax.ScalarOrSchedule
+    ess: optax.ScalarOrSchedule
+    hess_init: float
+    b1: optax.ScalarOrSchedule
+    b2: optax.ScalarOrSchedule
+    weight_decay: optax.ScalarOrSchedule
+    num_samples: int
+    rescale_lr: bool
+    clip_radius: optax.ScalarOrSchedule | None
+    debias: bool
+    noise_kind: str
+
+    def spread_at(self, count):
+        """`ess` and `weight_decay`, as states have them."""
+        return (
+            jnp.asarray(at(self.ess, count), float),
+            jnp.asarray(at(self.weight_decay, count), float),
+        )
 
 
 @factory
@@ -170,102 +198,123 @@ def ivon(
     checks.number("b1", b1, 0.0, 1.0, open_high=True)
     checks.number("b2", b2, 0.0, 1.0)
     checks.number("weight_decay", weight_decay, 0.0)
-    num_samples = checks.integer("num_samples", num_samples, 1)
-    checks.flag("rescale_lr", rescale_lr)
     if clip_radius is not None:
         checks.number("clip_radius", clip_radius, 0.0, open_low=True)
-    checks.flag("debias", debias)
-    checks.choice("noise_kind", noise_kind, KINDS)
-    key = checks.key(loop["key"])
-    accumulator_dtype = loop["accumulator_dtype"]
+    settings = _Settings(
+        learning_rate=learning_rate,
+        ess=ess,
+        hess_init=hess_init,
+        b1=b1,
+        b2=b2,
+        weight_decay=weight_decay,
+        num_samples=checks.integer("num_samples", num_samples, 1),
+        rescale_lr=checks.flag("rescale_lr", rescale_lr),
+        clip_radius=clip_radius,
+        debias=checks.flag("debias", debias),
+        noise_kind=checks.choice("noise_kind", noise_kind, KINDS),
+    )
+    walk = _walk(settings, checks.key(loop["key"]), loop["accumulator_dtype"])
+    return modes.build(walk, loop)
 
-    def spread(count):
-        return tuple(jnp.asarray(at(x, count), float) for x in (ess, weight_decay))
 
+def _walk(settings, key, accumulator_dtype):
     def init(params):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
-        hess = jax.tree.map(lambda x: jnp.full_like(x, hess_init), zeros)
+        hess = jax.tree.map(lambda x: jnp.full_like(x, settings.hess_init), zeros)
         count = jnp.zeros([], jnp.int32)
-        numbers = spread(count)
+        spread = settings.spread_at(count)
         return IVONState(
-            count, keys.data(key), zeros, hess, zeros, *numbers, jnp.array(False)
+            count, keys.data(key), zeros, hess, zeros, *spread, jnp.array(False)
         )
 
     def start(memory, params):
         point = trees.accumulator(params, accumulator_dtype)
-        anchor = optax.tree.add(point, memory.offset)
-        zeros, seed = optax.tree.zeros_like(point), None
-        if num_samples > 1:
+        zeros, others = optax.tree.zeros_like(point), None
+        if settings.num_samples > 1:
             # The seed itself has made the point that the params stand on.
-            seed = keys.fold_in(memory.key, memory.count, key)
-            seed = next_seed(first_seed(seed, point))
-        return _Inner(anchor, seed, point, zeros, zeros)
+            seed = first_seed(keys.fold_in(memory.key, memory.count, key), point)
+            anchor = optax.tree.add(point, memory.offset)
+            others = _Others(anchor, next_seed(seed))
+        return _Inner(point, zeros, zeros, others)
 
     def step(memory, inner, grads):
-        total = optax.tree.add(inner.total, grads)
+        total, others = optax.tree.add(inner.total, grads), inner.others
+        if others is None:
+            product = jax.tree.map(lambda g, o: -g * o, grads, memory.offset)
+            return _Inner(inner.point, total, product, None)
+        anchor, seed = others
         product = jax.tree.map(
             lambda p, g, w, m: p + g * (w - m),
-            inner.product, grads, inner.point, inner.anchor,
+            inner.product, grads, inner.point, anchor,
         )  # fmt: skip
-        inner = inner._replace(total=total, product=product)
-        if num_samples == 1:
-            return inner
-        point = draw_around(inner.anchor, memory.deviations(), inner.seed, noise_kind)
-        return inner._replace(seed=next_seed(inner.seed), point=point)
+        point = draw_around(anchor, memory.deviations(), seed, settings.noise_kind)
+        return _Inner(point, total, product, _Others(anchor, next_seed(seed)))
 
     def finish(memory, inner, params):
-        t = memory.count
-        hess = _new_hess(memory, inner.product, num_samples, at(b2, t))
-        beta = at(b1, t)
+        t, n = memory.count, settings.num_samples
+        anchor = trees.accumulator(params, accumulator_dtype)
+        anchor = optax.tree.add(anchor, memory.offset)
+        beta = at(settings.b1, t)
         mu = jax.tree.map(
-            lambda m, g: beta * m + (1.0 - beta) * (g / num_samples),
-            memory.mu, inner.total,
-        )  # fmt: skip
+            lambda m, g: beta * m + (1.0 - beta) * (g / n), memory.mu, inner.total
+        )
+        hess = _new_hess(settings, memory, inner.product)
+        mean = _new_mean(settings, memory, anchor, mu, hess)
+        mean, hess, mu = (trees.cast_like(x, anchor) for x in (mean, hess, mu))
         count = jnp.asarray(optax.safe_increment(t))
-        rate = at(learning_rate, t)
-        if rescale_lr:
-            rate = rate * (hess_init + memory.weight_decay)
-        weight = 1.0 - beta ** jnp.asarray(count, float) if debias else 1.0
-        radius = None if clip_radius is None else at(clip_radius, t)
-        steps = jax.tree.map(
-            functools.partial(_direction, memory.weight_decay, weight, radius),
-            inner.anchor, mu, hess,
-        )  # fmt: skip
-        mean = jax.tree.map(lambda m, d: m - rate * d, inner.anchor, steps)
-        mean = trees.cast_like(mean, inner.anchor)
-        numbers = spread(count)
+        spread = settings.spread_at(count)
         seed = first_seed(keys.fold_in(memory.key, count, key), mean)
-        point = draw_around(mean, _deviations(hess, *numbers), seed, noise_kind)
-        updates, there = trees.steps_to(point, params)
-        offset = optax.tree.sub(mean, there)
+        z = draw_from(seed, mean, settings.noise_kind)
+        moves = optax.tree.mul(_deviations(hess, *spread), z)
+        updates, there = trees.steps_to(optax.tree.add(mean, moves), params)
+        offset = jax.tree.map(_offset, mean, moves, there, params)
         return updates, IVONState(
-            count, memory.key, mu, hess, offset, *numbers, jnp.array(True)
+            count, memory.key, mu, hess, offset, *spread, jnp.array(True)
         )
 
-    return modes.build(Walk(num_samples, init, start, step, finish), loop)
+    return Walk(settings.num_samples, init, start, step, finish)
 
 
-def _new_hess(memory, product, num_samples, b2):
-    """The new h from the sum of g (w - m)."""
+def _new_hess(settings, memory, product):
+    """The new h, from the sum of g (w - m)."""
     # The samples that stood on a draw; the first gradient of all did not.
-    observed = num_samples - 1 + memory.drawn.astype(jnp.int32)
-    weight = jnp.where(observed > 0, 1.0 - b2, 0.0)
+    observed = settings.num_samples - 1 + memory.drawn.astype(jnp.int32)
+    weight = jnp.where(observed > 0, 1.0 - at(settings.b2, memory.count), 0.0)
 
     def update(h, p):
         precision = h + memory.weight_decay.astype(h.dtype)
         scale = memory.ess.astype(h.dtype) / jnp.maximum(observed, 1).astype(h.dtype)
-        c = weight.astype(h.dtype)
-        change = p * scale * precision - h
-        return h + c * change + (c * change) ** 2 / (2.0 * precision)
+        change = weight.astype(h.dtype) * (p * scale * precision - h)
+        return h + change + change**2 / (2.0 * precision)
 
     return jax.tree.map(update, memory.hess, product)
 
 
-def _direction(weight_decay, weight, radius, m, mu, h):
-    """What the learning rate multiplies, of one leaf."""
-    delta = weight_decay.astype(h.dtype)
-    step = (mu / weight + delta * m) / (h + delta)
-    return step if radius is None else jnp.clip(step, -radius, radius)
+def _new_mean(settings, memory, mean, mu, hess):
+    """The new m, from the new momentum and h."""
+    t = memory.count
+    rate = at(settings.learning_rate, t)
+    if settings.rescale_lr:
+        rate = rate * (settings.hess_init + memory.weight_decay)
+    weight, radius = 1.0, settings.clip_radius
+    if settings.debias:
+        weight = 1.0 - at(settings.b1, t) ** (jnp.asarray(t, float) + 1.0)
+
+    def update(m, mu, h):
+        delta = memory.weight_decay.astype(h.dtype)
+        step = (mu / weight + delta * m) / (h + delta)
+        if radius is not None:
+            step = jnp.clip(step, -at(radius, t), at(radius, t))
+        return m - rate * step
+
+    return jax.tree.map(update, mean, mu, hess)
+
+
+def _offset(mean, move, there, param):
+    """The mean minus where the params are."""
+    # In one precision the mean is as exact as any params; the difference would be one
+    # more pass over memory.
+    return -move if mean.dtype == param.dtype else mean - there
 
 
 def _deviations(hess, ess, weight_decay):
