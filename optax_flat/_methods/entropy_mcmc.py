@@ -121,7 +121,8 @@ def entropy_mcmc(
 
     def init(params):
         checks.float_params(params)
-        anchor = trees.accumulator(trees.concrete(params))
+        params = trees.concrete(params)
+        anchor = trees.accumulator(params)
         count = jnp.zeros([], jnp.int32)
         return trees.copy(EntropyMCMCState(count, keys.data(key), anchor), params)
 
