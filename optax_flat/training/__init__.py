@@ -1,10 +1,11 @@
-"""Training helpers: a step in one line, a Flax train state, losses, samples."""
+"""Training helpers: steps, a Flax train state, losses, samples and predictions."""
 
 from typing import TYPE_CHECKING
 
 from optax_flat.training.history import History as History
 from optax_flat.training.sampling import Samples as Samples
 from optax_flat.training.sampling import collect_samples as collect_samples
+from optax_flat.training.sampling import predict as predict
 from optax_flat.training.step import make_train_step as make_train_step
 
 if TYPE_CHECKING:
