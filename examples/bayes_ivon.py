@@ -47,15 +47,20 @@ def loss_fn(params, batch):
 
 
 def make_optimizer(name, updates, key):
-    """Each with a cosine schedule and its best rate of 1, 2, 5 times powers of ten."""
+    """Each with a cosine schedule, at its best on other examples.
+
+    Best of a small grid of rates, weight decays and `hess_init`: the least negative
+    log-likelihood, of IVON averaged over draws; among those within 1 %, the least
+    calibration error.
+    """
     cosine = functools.partial(optax.cosine_decay_schedule, decay_steps=updates)
     if name == "SGD":
         decay = optax.add_decayed_weights(DECAY)
-        return optax.chain(decay, optax.sgd(cosine(0.1), momentum=0.9, nesterov=True))
+        return optax.chain(decay, optax.sgd(cosine(0.5), momentum=0.9, nesterov=True))
     if name == "Adam":
-        return optax.adamw(cosine(0.005), weight_decay=DECAY / 0.005)
+        return optax.adamw(cosine(5e-4), weight_decay=DECAY)
     return optax_flat.ivon(
-        cosine(0.5), ess=EXAMPLES, hess_init=0.1, b2=0.9995, weight_decay=DECAY, key=key
+        cosine(0.2), ess=EXAMPLES, hess_init=2.0, b2=0.9995, weight_decay=DECAY, key=key
     )
 
 

@@ -211,7 +211,7 @@ def test_bayes_ivon(tmp_path, capsys):
     assert list(results) == ["SGD", "Adam", "IVON, 16 draws", "IVON, mean"]
     for name, found in results.items():
         assert f"\n{name} " in shown
-        assert (found["accuracy"] > 100 * ACCURACY).all()
+        assert (found["accuracy"] > 80).all()  # of few examples and few updates
         assert all(len(values) == 2 for values in found.values())
     # Averaging over draws makes the predictions less sure than those of the mean.
     assert (results["IVON, 16 draws"]["nll"] != results["IVON, mean"]["nll"]).all()

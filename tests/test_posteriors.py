@@ -156,6 +156,24 @@ def test_ivon_clips_and_scales_steps():
 
 
 @pytest.mark.parametrize("name", ["ivon", "bsam"])
+def test_draws_read_their_schedule_one_update_ahead(name):
+    """What the params stand on has the spread of the update that will use it."""
+    size = optax.piecewise_constant_schedule(100.0, {1: 100.0})
+    tx = make(name, b2=1.0, **{"ivon": {"ess": size}, "bsam": {"num_data": size}}[name])
+    x = jnp.zeros(10_000)
+    state, deviations = tx.init(x), []
+    for _ in range(2):
+        grads = jnp.zeros_like(x)
+        updates, state = tx.update(grads, state, x, grad_fn=lambda p, b: p * 0.0)
+        x = optax.apply_updates(x, updates)
+        deviations.append(float(state.memory.offset.std()))
+        assert_close(state.memory.deviations().mean(), deviations[-1], factor=5e3)
+    # The first draw belongs to update 1, from which on the size is 100 times larger.
+    assert abs(deviations[0] / deviations[1] - 1) < 0.05
+    assert deviations[0] < 0.02
+
+
+@pytest.mark.parametrize("name", ["ivon", "bsam"])
 def test_hyperparameters_are_not_rounded_by_bfloat16(name):
     """With equal gradients the momentum and the numbers of the state are the same."""
     start = jax.tree.map(jnp.zeros_like, ragged_params())
@@ -387,7 +405,7 @@ def test_entropy_mcmc_anchor():
         tx.update(x, state)
 
 
-@pytest.mark.parametrize("num_shards", [1, 2])
+@pytest.mark.parametrize("num_shards", [1, 3])
 def test_bsam_order_of_gradients(num_shards):
     """Noisy, perturbed, noisy, perturbed: each perturbed point is around w."""
     points = []
@@ -407,10 +425,12 @@ def test_bsam_order_of_gradients(num_shards):
     seen = dict(points)
     assert sorted(seen) == list(range(2 * num_shards - 1))
     assert_close(seen[0], w + 0.5 * first / 2.0)
-    if num_shards == 2:
-        noise = (seen[1] - w) * np.sqrt(1e4 * 2.0)
-        assert 0.01 < np.abs(noise).max() < 6
+    if num_shards == 3:
+        draws = [(seen[i] - w) * np.sqrt(1e4 * 2.0) for i in (1, 3)]
+        assert all(0.01 < np.abs(z).max() < 6 for z in draws)
+        assert np.abs(draws[0] - draws[1]).min() > 0.01
         assert_close(seen[2], w + 0.5 * jnp.array([6.0, -4.0]) / 2.0)
+        assert_close(seen[4], w + 0.5 * jnp.array([12.0, -8.0]) / 2.0)
 
 
 @pytest.mark.parametrize("name", ["ivon", "bsam", "entropy_mcmc", "anti_pgd"])
