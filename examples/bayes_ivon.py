@@ -146,7 +146,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="make few updates")
     parser.add_argument("--seeds", type=int, help="runs per method (10; smoke: 2)")
-    parser.add_argument("--out", type=Path, default=Path("bayes_ivon"))
+    parser.add_argument("--out", type=Path, default=Path("out/bayes_ivon"))
     args = parser.parse_args(argv)
     seeds = args.seeds or (2 if args.smoke else 10)
     updates, draws = (300, 16) if args.smoke else (3000, 64)

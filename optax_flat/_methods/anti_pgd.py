@@ -112,7 +112,7 @@ def anti_pgd(
         layout.check(init, state, updates)
         t = state.count
         count = jnp.asarray(optax.safe_increment(t))
-        rate, sigma = at(learning_rate, t), jnp.asarray(at(noise, t), state.noise.dtype)
+        rate, sigma = at(learning_rate, t), jnp.full_like(state.noise, at(noise, t))
         steps = jax.tree.map(lambda g: -rate * g, trees.accumulator(updates))
         if not noiseless:
             old, new = (

@@ -169,15 +169,17 @@ def bsam(
     key = checks.key(loop["key"])
     accumulator_dtype = loop["accumulator_dtype"]
 
-    def number_of_data(count):
-        return jnp.asarray(at(num_data, count), float)
-
     def init(params):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
         scale = jax.tree.map(lambda x: jnp.full_like(x, s_init), zeros)
         count = jnp.zeros([], jnp.int32)
         return BSAMState(
-            count, keys.data(key), zeros, scale, zeros, number_of_data(count)
+            count,
+            keys.data(key),
+            zeros,
+            scale,
+            zeros,
+            jnp.asarray(at(num_data, count), float),
         )
 
     def start(memory, params):
@@ -225,7 +227,8 @@ def bsam(
         )  # fmt: skip
         mean, scale = (trees.cast_like(x, inner.anchor) for x in (mean, scale))
         count = jnp.asarray(optax.safe_increment(t))
-        number = number_of_data(count)
+        # Like the old one: in `shard_map` it varies over devices as the key does.
+        number = jnp.full_like(memory.num_data, at(num_data, count))
         seed = first_seed(keys.fold_in(memory.key, count, key), mean)
         point = draw_around(mean, _deviations(scale, number), seed, noise_kind)
         updates, there = trees.steps_to(point, params)

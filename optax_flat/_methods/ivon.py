@@ -83,13 +83,6 @@ class _Settings(NamedTuple):
     debias: bool
     noise_kind: str
 
-    def spread_at(self, count):
-        """`ess` and `weight_decay`, as states have them."""
-        return (
-            jnp.asarray(at(self.ess, count), float),
-            jnp.asarray(at(self.weight_decay, count), float),
-        )
-
 
 @factory
 def ivon(
@@ -218,11 +211,13 @@ def ivon(
 
 
 def _walk(settings, key, accumulator_dtype):
+    numbers = settings.ess, settings.weight_decay
+
     def init(params):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
         hess = jax.tree.map(lambda x: jnp.full_like(x, settings.hess_init), zeros)
         count = jnp.zeros([], jnp.int32)
-        spread = settings.spread_at(count)
+        spread = [jnp.asarray(at(x, count), float) for x in numbers]
         return IVONState(
             count, keys.data(key), zeros, hess, zeros, *spread, jnp.array(False)
         )
@@ -262,14 +257,24 @@ def _walk(settings, key, accumulator_dtype):
         mean = _new_mean(settings, memory, anchor, mu, hess)
         mean, hess, mu = (trees.cast_like(x, anchor) for x in (mean, hess, mu))
         count = jnp.asarray(optax.safe_increment(t))
-        spread = settings.spread_at(count)
+        # Like the old ones: in `shard_map` they vary over devices as the key does.
+        spread = [
+            jnp.full_like(old, at(x, count))
+            for x, old in zip(numbers, (memory.ess, memory.weight_decay), strict=True)
+        ]
         seed = first_seed(keys.fold_in(memory.key, count, key), mean)
         z = draw_from(seed, mean, settings.noise_kind)
         moves = optax.tree.mul(_deviations(hess, *spread), z)
         updates, there = trees.steps_to(optax.tree.add(mean, moves), params)
         offset = jax.tree.map(_offset, mean, moves, there, params)
         return updates, IVONState(
-            count, memory.key, mu, hess, offset, *spread, jnp.array(True)
+            count,
+            memory.key,
+            mu,
+            hess,
+            offset,
+            *spread,
+            jnp.full_like(memory.drawn, True),
         )
 
     return Walk(settings.num_samples, init, start, step, finish)
