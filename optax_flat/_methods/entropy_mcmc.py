@@ -59,8 +59,9 @@ def entropy_mcmc(
     anchor :math:`x_a` starts there and is the state's field ``anchor`` (in a chain
     ``optax.tree.get(opt_state, "anchor")``). One gradient evaluation per update.
 
-    Samples of x are those of the posterior widened by the spring; the anchor alone is a
-    biased sample, and the smoothed point. `optax_flat.training.collect_samples` gathers
+    Of the pair's density x alone has that of the posterior (the anchor's own weight
+    decay narrows it a little) and the anchor that of the local entropy: it is a biased
+    sample, and the smoothed point. `optax_flat.training.collect_samples` gathers
     samples of x. Keep the params in float32, as for `sgld`. A batch norm has to see the
     anchor's activations before the anchor is evaluated.
 
