@@ -217,9 +217,9 @@ def _walk(settings, key, accumulator_dtype):
         zeros = optax.tree.zeros_like(trees.accumulator(params, accumulator_dtype))
         hess = jax.tree.map(lambda x: jnp.full_like(x, settings.hess_init), zeros)
         count = jnp.zeros([], jnp.int32)
-        spread = [jnp.asarray(at(x, count), float) for x in numbers]
+        ess, decay = (jnp.asarray(at(x, count), float) for x in numbers)
         return IVONState(
-            count, keys.data(key), zeros, hess, zeros, *spread, jnp.array(False)
+            count, keys.data(key), zeros, hess, zeros, ess, decay, jnp.array(False)
         )
 
     def start(memory, params):
@@ -258,13 +258,13 @@ def _walk(settings, key, accumulator_dtype):
         mean, hess, mu = (trees.cast_like(x, anchor) for x in (mean, hess, mu))
         count = jnp.asarray(optax.safe_increment(t))
         # Like the old ones: in `shard_map` they vary over devices as the key does.
-        spread = [
+        ess, decay = (
             jnp.full_like(old, at(x, count))
             for x, old in zip(numbers, (memory.ess, memory.weight_decay), strict=True)
-        ]
+        )
         seed = first_seed(keys.fold_in(memory.key, count, key), mean)
         z = draw_from(seed, mean, settings.noise_kind)
-        moves = optax.tree.mul(_deviations(hess, *spread), z)
+        moves = optax.tree.mul(_deviations(hess, ess, decay), z)
         updates, there = trees.steps_to(optax.tree.add(mean, moves), params)
         offset = jax.tree.map(_offset, mean, moves, there, params)
         return updates, IVONState(
@@ -273,7 +273,8 @@ def _walk(settings, key, accumulator_dtype):
             mu,
             hess,
             offset,
-            *spread,
+            ess,
+            decay,
             jnp.full_like(memory.drawn, True),
         )
 
