@@ -205,6 +205,35 @@ def test_no_gradients():
     assert accuracy["ensemble Kalman, resampled"] > accuracy["Adam, backpropagation"]
 
 
+def test_bayes_ivon(tmp_path, capsys):
+    example = load("bayes_ivon")
+    results = example.main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert list(results) == ["SGD", "Adam", "IVON, 16 draws", "IVON, mean"]
+    for name, found in results.items():
+        assert f"\n{name} " in shown
+        assert (found["accuracy"] > 80).all()  # of few examples and few updates
+        assert all(len(values) == 2 for values in found.values())
+    # Averaging over draws makes the predictions less sure than those of the mean.
+    assert (results["IVON, 16 draws"]["nll"] != results["IVON, mean"]["nll"]).all()
+    with Image.open(tmp_path / "bayes_ivon.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_bayes_ivon_measures_calibration():
+    """Nine tenths sure and right three times of four; half sure and always right."""
+    example = load("bayes_ivon")
+    probabilities = np.zeros([6, 10])
+    probabilities[:4, 0], probabilities[:4, 1] = 0.95, 0.05
+    probabilities[4:, 2], probabilities[4:, 3] = 0.55, 0.45
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    found = example.measures(probabilities, labels)
+    assert found["accuracy"] == pytest.approx(100 * 5 / 6)
+    assert found["ece"] == pytest.approx(100 * (4 * 0.2 + 2 * 0.45) / 6)
+    nll = -(3 * np.log(0.95) + np.log(0.05) + 2 * np.log(0.55)) / 6
+    assert found["nll"] == pytest.approx(nll)
+
+
 def test_gallery(tmp_path, capsys):
     """Smoke pictures of every kind; the full set is what is in the documentation."""
     example = load("gallery")
