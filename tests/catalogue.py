@@ -59,6 +59,9 @@ class Method(NamedTuple):
     ends_early: bool = False
     # Gradients per update with the arguments `off`; all on one minibatch.
     off_length: int = 1
+    # Whether it is a pair of rules for `sam`, and so of the engine that `sam`,
+    # `friendly_sam` (whose rule has a state) and `looksam` (which skips) are tested of.
+    shares_engine: bool = False
     # Whether its closed form and limits are of `eval_params`, not of the params.
     evaluated: bool = False
     # The arguments that give a walk another number of gradients, if any do.
@@ -409,6 +412,7 @@ def sam_method(name, closed_form, *, arguments=None, floats=None, bad=(), **fiel
     } | settings["closed_form_arguments"]  # fmt: skip
     return Method(
         name=name,
+        shares_engine=name not in {"sam", "friendly_sam", "looksam"},
         arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.1} | arguments,
         floats={"rho": 0.3} | (floats or {}),
         noisy={},

@@ -16,6 +16,7 @@ RESUMED = ("update_time",)
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 METHODS = {
     "step_time": ["mlp/entropy/scan", "compile/sam/5"],
+    "sam_time": ["sam", "looksam", "sgd_swa"],
     "update_time": ["coolmomentum_temperature", "sgld_rademacher"],
     "mnist_mlp": ["adam", "entropy_sgd"],
     "mnist_parle": ["elastic_averaging", "parle"],
