@@ -81,7 +81,8 @@ def test_runs_and_resumes(script, tmp_path):
         assert {"gradient_evaluations", "forward_passes", "seconds"} <= row.keys()
         assert all(math.isfinite(value) for value in numbers(row))
     trained = [row for row in rows.values() if "compile" not in row["method"]]
-    assert len({row["gradient_evaluations"] for row in trained}) == 1
+    equal = len({row["gradient_evaluations"] for row in trained}) == 1
+    assert equal == (script != "sam_time")  # which compares at equal minibatches
     text = (tmp_path / "table.md").read_text()
     assert text in done.stdout
     assert all(f"| {method}" in text for method in methods)
