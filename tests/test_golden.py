@@ -75,8 +75,9 @@ def on_first_draw(tx, params, deviation, recorded, **memory):
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
 @pytest.mark.parametrize(
     "name",
-    ["optax", "optax_2samples", "optax_clip", "torch", "torch_2samples", "torch_clip"],
-)
+    ["optax", "optax_2samples", "optax_clip", "torch", "torch_2samples", "torch_clip",
+     "torch_gradsq"],
+)  # fmt: skip
 def test_ivon(name, mode, replay, x64):
     meta, golden = load(f"ivon_{name}")
     config = meta["config"]
@@ -87,6 +88,7 @@ def test_ivon(name, mode, replay, x64):
         b1=config["beta1"], b2=config["beta2"], weight_decay=config["weight_decay"],
         num_samples=config["samples"], rescale_lr=config["rescale_lr"],
         clip_radius=config["clip_radius"], debias=config.get("debias", True),
+        hess_approx=config["hess_approx"],
         mode=mode, key=0,
     )  # fmt: skip
     precision = config["ess"] * (config["hess_init"] + config["weight_decay"])
@@ -452,7 +454,9 @@ def test_sampa(name, mode, x64):
 
 
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
-@pytest.mark.parametrize("name", ["lookbehind_sam", "lookbehind_asam"])
+@pytest.mark.parametrize(
+    "name", ["lookbehind_sam", "lookbehind_asam", "lookbehind_sam_adaptive"]
+)
 def test_lookbehind(name, mode, x64):
     """Their 2 k gradients are k + 1 different ones."""
     meta, golden = load(name)
@@ -461,7 +465,38 @@ def test_lookbehind(name, mode, x64):
     if "eta" in config:
         rule = optax_flat.ascent.adaptive_unit(config["eta"])
     tx = optax_flat.lookbehind_sam(
-        base(config), rho=config["rho"], alpha=config["alpha"],
-        num_steps=config["k"], ascent=rule, mode=mode,
+        base(config), rho=config["rho"], alpha=max(config["alpha"], 0.1),
+        adaptive=config["alpha"] == -1, num_steps=config["k"], ascent=rule, mode=mode,
     )  # fmt: skip
     follow(tx, mode, golden, repeats=1 + config["k"], atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["ssam_fisher", "ssam_dynamic"])
+def test_sparse_sam_by_a_rule_of_ones_own(name, x64):
+    """A recorded mask of the entries, behind a norm of all of them."""
+    meta, golden = load(name)
+    masks = {leaf: jnp.asarray(golden[f"mask_{leaf}"]) for leaf in ("W", "b")}
+
+    def update(grads, count, params=None):
+        size = optax.tree.norm(grads) + 1e-7
+        kept = jax.tree.map(lambda g, m: m[count] * g / size, grads, masks)
+        return kept, count + 1
+
+    rule = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    tx = optax_flat.sam(base(meta["config"]), rho=meta["config"]["rho"], ascent=rule)
+    follow(tx, "scanned", golden, repeats=2, atol=1e-11)
+
+
+def test_default_of_gnp_by_a_rule_of_ones_own(x64):
+    """It interpolates with g / ||g||, which is not the paper's."""
+    meta, golden = load("gnp_normed")
+    alpha = meta["config"]["alpha"]
+
+    def combine(state, grads, count):
+        factor = (1 - alpha) / optax.tree.norm(grads.first)
+        d = jax.tree.map(lambda g, r: factor * g + alpha * r, grads[0], grads[1])
+        return optax_flat.descent.Combined(d, None, state)
+
+    rule = optax_flat.descent.Descent(lambda params: (), combine)
+    tx = optax_flat.sam(base(meta["config"]), rho=meta["config"]["r"], descent=rule)
+    follow(tx, "scanned", golden, repeats=2, atol=1e-11)

@@ -82,6 +82,10 @@ class _Settings(NamedTuple):
     clip_radius: optax.ScalarOrSchedule | None
     debias: bool
     noise_kind: str
+    hess_approx: str
+
+
+HESSIANS = ("price", "gradsq")
 
 
 @factory
@@ -97,6 +101,7 @@ def ivon(
     rescale_lr: bool = True,
     clip_radius: optax.ScalarOrSchedule | None = None,
     debias: bool = True,
+    hess_approx: str = "price",
     noise_kind: str = "normal",
     **loop: Unpack[IVONArguments],
 ) -> optax.GradientTransformationExtraArgs:
@@ -141,6 +146,8 @@ def ivon(
       clip_radius: bound, > 0, of each entry of what the learning rate multiplies; None
         is no bound.
       debias: whether the momentum is divided by :math:`1 - \beta_1^t`.
+      hess_approx: "price", the f above, or "gradsq": :math:`f = N g^2`, as in older
+        methods of the family.
       noise_kind: "normal", or "rademacher": independent signs, much cheaper; f has
         the same mean on a quadratic. `sample_params` is normal anyway.
 
@@ -183,7 +190,7 @@ def ivon(
       (``sampled_params``, ``sample_parameters``), and a training loop that forgets it
       still runs; here they stand on it. ivon-optax' state changes its structure between
       the two, so that no `jax.lax.scan` can carry it, and must be the first of its
-      chain. The estimate ``hess_approx="gradsq"`` is not here.
+      chain.
     """
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("ess", ess, 0.0, open_low=True)
@@ -205,6 +212,7 @@ def ivon(
         clip_radius=clip_radius,
         debias=checks.flag("debias", debias),
         noise_kind=checks.choice("noise_kind", noise_kind, KINDS),
+        hess_approx=checks.choice("hess_approx", hess_approx, HESSIANS),
     )
     walk = _walk(settings, checks.key(loop["key"]), loop["accumulator_dtype"])
     return modes.build(walk, loop)
@@ -234,14 +242,18 @@ def _walk(settings, key, accumulator_dtype):
 
     def step(memory, inner, grads):
         total, others = optax.tree.add(inner.total, grads), inner.others
-        if others is None:
+        if settings.hess_approx == "gradsq":
+            product = jax.tree.map(lambda p, g: p + g * g, inner.product, grads)
+        elif others is None:
             product = jax.tree.map(lambda g, o: -g * o, grads, memory.offset)
+        else:
+            product = jax.tree.map(
+                lambda p, g, w, m: p + g * (w - m),
+                inner.product, grads, inner.point, others.anchor,
+            )  # fmt: skip
+        if others is None:
             return _Inner(inner.point, total, product, None)
         anchor, seed = others
-        product = jax.tree.map(
-            lambda p, g, w, m: p + g * (w - m),
-            inner.product, grads, inner.point, anchor,
-        )  # fmt: skip
         point = draw_around(anchor, memory.deviations(), seed, settings.noise_kind)
         return _Inner(point, total, product, _Others(anchor, next_seed(seed)))
 
@@ -282,15 +294,18 @@ def _walk(settings, key, accumulator_dtype):
 
 
 def _new_hess(settings, memory, product):
-    """The new h, from the sum of g (w - m)."""
+    """The new h, from the sum of g (w - m), or of g^2."""
+    squares = settings.hess_approx == "gradsq"
     # The samples that stood on a draw; the first gradient of all did not.
-    observed = settings.num_samples - 1 + memory.drawn.astype(jnp.int32)
+    on_draws = settings.num_samples - 1 + memory.drawn.astype(jnp.int32)
+    observed = jnp.int32(settings.num_samples) if squares else on_draws
     weight = jnp.where(observed > 0, 1.0 - at(settings.b2, memory.count), 0.0)
 
     def update(h, p):
         precision = h + memory.weight_decay.astype(h.dtype)
         scale = memory.ess.astype(h.dtype) / jnp.maximum(observed, 1).astype(h.dtype)
-        change = weight.astype(h.dtype) * (p * scale * precision - h)
+        f = p * scale if squares else p * scale * precision
+        change = weight.astype(h.dtype) * (f - h)
         return h + change + change**2 / (2.0 * precision)
 
     return jax.tree.map(update, memory.hess, product)
