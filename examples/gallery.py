@@ -140,36 +140,26 @@ STEP, NOISE = 0.02, 1.0
 FLAT_STEPS = 600
 
 
-class Climb(NamedTuple):
-    """One update of the SAM-like walk."""
+def sharpness_aware(rho) -> Callable:
+    """SAM; both its gradients get the same noise, as they are of one minibatch."""
+    tx = optax_flat.sam(optax.sgd(STEP), rho=rho)
 
-    point: jax.Array
-    climbed: jax.Array  # bool, []
-    gradient: jax.Array  # the last one
+    def with_noise(key):
+        def init(params):
+            return key, tx.init(params)
 
+        def update(grads, state, params=None, *, grad_fn, **extra_args):
+            key, noise_key = jax.random.split(state[0])
+            noise = NOISE * jax.random.normal(noise_key, grads.shape)
+            updates, after = tx.update(
+                grads + noise, state[1], params,
+                grad_fn=lambda *args: grad_fn(*args) + noise, **extra_args,
+            )  # fmt: skip
+            return updates, (key, after)
 
-def sam_like(learning_rate, rho, key):
-    """A step along the gradient at x + rho g / ||g||: a sketch of SAM for one array.
+        return optax.GradientTransformationExtraArgs(init, update)
 
-    Both gradients get the same noise, as they would come from the same minibatch.
-    """
-
-    def start(key, params):
-        return Climb(params, jnp.array(False), jnp.zeros_like(params))
-
-    def step(key, inner, grads):
-        noise_key = jax.random.split(key)[1]
-        grads = grads + NOISE * jax.random.normal(noise_key, grads.shape)
-        up = rho * grads / jnp.maximum(jnp.linalg.norm(grads), 1e-12)
-        point = jnp.where(inner.climbed, inner.point, inner.point + up)
-        return Climb(point, jnp.array(True), grads)
-
-    def finish(key, inner, params):
-        return -learning_rate * inner.gradient, jax.random.split(key)[0]
-
-    return optax_flat.scanned(
-        optax_flat.Walk(2, lambda params: key, start, step, finish)
-    )
+    return with_noise
 
 
 def noisy(tx: optax.GradientTransformation) -> Callable:
@@ -211,8 +201,8 @@ FLAT: dict[str, dict[str, Callable]] = {
     "walks": {
         "Entropy-SGD": entropy_sgd(1e-4),
         "Entropy-SGD, noise 1": entropy_sgd(1.0),
-        "SAM-like, rho 0.05": lambda key: sam_like(STEP, 0.05, key),
-        "SAM-like, rho 1": lambda key: sam_like(STEP, 1.0, key),
+        "SAM, rho 0.05": sharpness_aware(0.05),
+        "SAM, rho 1": sharpness_aware(1.0),
     },
     "ensembles": {
         "Kalman, spread 0.1": kalman(0.1),
@@ -226,7 +216,7 @@ MOVING = (
     "Adam",
     "CoolMomentum",
     "Entropy-SGD, noise 1",
-    "SAM-like, rho 1",
+    "SAM, rho 1",
     "Kalman, spread 0.5",
     "perturbations 0.5",
 )

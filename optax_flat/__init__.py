@@ -15,12 +15,17 @@ from optax_flat._core.modes import TransparentState as TransparentState
 from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
+from optax_flat._core.posteriors import sample_params as sample_params
 from optax_flat._core.walk import Walk as Walk
+from optax_flat._methods.anti_pgd import AntiPGDState as AntiPGDState
+from optax_flat._methods.anti_pgd import anti_pgd as anti_pgd
 from optax_flat._methods.averaging import LawaState as LawaState
 from optax_flat._methods.averaging import RunningAverageState as RunningAverageState
 from optax_flat._methods.averaging import ema_weights as ema_weights
 from optax_flat._methods.averaging import lawa as lawa
 from optax_flat._methods.averaging import swa as swa
+from optax_flat._methods.bsam import BSAMState as BSAMState
+from optax_flat._methods.bsam import bsam as bsam
 from optax_flat._methods.classic import AdadeltaState as AdadeltaState
 from optax_flat._methods.classic import AdagradState as AdagradState
 from optax_flat._methods.classic import ClipByLeafNormState as ClipByLeafNormState
@@ -33,8 +38,12 @@ from optax_flat._methods.ensemble_kalman import (
     EnsembleKalmanState as EnsembleKalmanState,
 )
 from optax_flat._methods.ensemble_kalman import ensemble_kalman as ensemble_kalman
+from optax_flat._methods.entropy_mcmc import EntropyMCMCState as EntropyMCMCState
+from optax_flat._methods.entropy_mcmc import entropy_mcmc as entropy_mcmc
 from optax_flat._methods.functional_sam import FunctionalSAMState as FunctionalSAMState
 from optax_flat._methods.functional_sam import functional_sam as functional_sam
+from optax_flat._methods.ivon import IVONState as IVONState
+from optax_flat._methods.ivon import ivon as ivon
 from optax_flat._methods.langevin import LangevinNoiseState as LangevinNoiseState
 from optax_flat._methods.langevin import PSGLDState as PSGLDState
 from optax_flat._methods.langevin import SGHMCState as SGHMCState

@@ -118,7 +118,7 @@ def adaptive_unit(
     checks.number("eta", eta, 0.0)
     _check_norm(p, per_leaf)
 
-    def update(updates, state, params=None):
+    def update(updates, state, params: Any = None):
         eta_t = at(eta, state.count)
         flags = selection(_matrices if weights is None else weights, params)
         t = jax.tree.map(

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 import optax_flat
-from optax_flat._core.noise import draw
+from optax_flat._core.noise import draw, draw_from, first_seed, next_seed
 
 WALK_MODES = ("scanned", "transparent")
 FORWARD = ("forward",)  # outputs of the model in the place of gradients
@@ -53,10 +53,15 @@ class Method(NamedTuple):
     # Whether `eval_params` is not where its walks start, but behind a look-ahead point
     # or in a center.
     looks_ahead: bool = False
+    # Floats of which the anchor knows nothing before the next outer update.
+    late: tuple[str, ...] = ()
     # Whether a walk may end before its last gradient.
     ends_early: bool = False
     # Gradients per update with the arguments `off`; all on one minibatch.
     off_length: int = 1
+    # Whether it is a pair of rules for `sam`, and so of the engine that `sam`,
+    # `friendly_sam` (whose rule has a state) and `looksam` (which skips) are tested of.
+    shares_engine: bool = False
     # Whether its closed form and limits are of `eval_params`, not of the params.
     evaluated: bool = False
     # The arguments that give a walk another number of gradients, if any do.
@@ -281,6 +286,73 @@ def normals(x, updates):
     ]
 
 
+def walk_draws(x, t, count):
+    """What the walk of outer update t draws with the key 0, in its order."""
+    seed = first_seed(jax.random.fold_in(jax.random.key(0), t), jnp.asarray(x))
+    for _ in range(count):
+        yield np.asarray(draw_from(seed, jnp.asarray(x), "normal"))
+        seed = next_seed(seed)
+
+
+def ivon_steps(q: Quadratic, x, *, rate, ess, h0, b1, b2, decay, samples, updates):
+    """Displacement of the draw that the params stand on after some updates."""
+    m, w, mu, h = x, x, 0.0, np.full_like(x, h0)
+    for t in range(updates):
+        deviation = 1 / np.sqrt(ess * (h + decay))
+        draws = list(walk_draws(x, t, samples))
+        points = np.array([w, *(m + deviation * z for z in draws[1:])])
+        g = (points - q.c) @ q.H
+        told = samples - (t == 0)  # nothing was drawn for the first gradient
+        f = (g * (points - m)).sum(axis=0) / told * ess * (h + decay)
+        h = b2 * h + (1 - b2) * f + ((1 - b2) * (h - f)) ** 2 / (2 * (h + decay))
+        mu = b1 * mu + (1 - b1) * g.mean(axis=0)
+        step = (mu / (1 - b1 ** (t + 1)) + decay * m) / (h + decay)
+        m = m - rate * (h0 + decay) * step
+        w = m + next(walk_draws(x, t + 1, 1)) / np.sqrt(ess * (h + decay))
+    return w - x
+
+
+def bsam_steps(
+    q: Quadratic, x, *, rate, size, rho, b1, b2, decay, damping, s0, shards, updates
+):
+    """Displacement of the noisy point that the params stand on after some updates."""
+    w, noisy, mu, s = x, x, 0.0, np.full_like(x, s0)
+    for t in range(updates):
+        draws = list(walk_draws(x, t, shards))
+        points = np.array([noisy, *(w + z / np.sqrt(size * s) for z in draws[1:])])
+        g = (points - q.c) @ q.H
+        perturbed = (w + rho * g / s - q.c) @ q.H
+        mu = b1 * mu + (1 - b1) * (perturbed.mean(axis=0) + decay * w)
+        w = w - rate * mu / s
+        target = np.sqrt(s) * np.abs(g).mean(axis=0) + damping + decay
+        s = b2 * s + (1 - b2) * target
+        noisy = w + next(walk_draws(x, t + 1, 1)) / np.sqrt(size * s)
+    return noisy - x
+
+
+def anchored_steps(q: Quadratic, x, *, rate, temperature, gamma, decay, updates):
+    """Displacement after some updates of Entropy-MCMC."""
+    y, anchor, scale = x, x, np.sqrt(2 * rate * temperature)
+    for t in range(updates):
+        first, second = walk_draws(x, t, 2)
+        pull = gamma * (y - anchor)
+        y, anchor = (
+            y - rate * (q.H @ (y - q.c) + decay * y + pull) + scale * first,
+            anchor - rate * (decay * anchor - pull) + scale * second,
+        )
+    return y - x
+
+
+def anticorrelated_steps(q: Quadratic, x, *, rate, noise, updates):
+    """Displacement after some updates of Anti-PGD: descent of v, seen from v + xi."""
+    v, xi = x, 0.0
+    for t in range(1, updates + 1):
+        key = jax.random.fold_in(jax.random.key(0), t)
+        v = v - rate * q.H @ (v + xi - q.c)
+        xi = noise * np.asarray(draw(key, jnp.asarray(x), "rademacher"))
+    return v + xi - x
+
+
 LANGEVIN_BAD = [
     ({"temperature": -1.0}, ValueError, r"`temperature` must lie in \[0, inf\)"),
     ({"temperature": None}, TypeError, "`temperature` must be a float"),
@@ -340,6 +412,7 @@ def sam_method(name, closed_form, *, arguments=None, floats=None, bad=(), **fiel
     } | settings["closed_form_arguments"]  # fmt: skip
     return Method(
         name=name,
+        shares_engine=name not in {"sam", "friendly_sam", "looksam"},
         arguments={"outer": optax.sgd(0.03, momentum=0.9), "rho": 0.1} | arguments,
         floats={"rho": 0.3} | (floats or {}),
         noisy={},
@@ -472,6 +545,7 @@ METHODS = [
         closed_form_arguments={"period": 3, "alpha": 0.5},
         closed_form_updates=3,
         off={"rho": 0.0, "period": 1, "outer": optax.sgd(0.1, momentum=0.9)},
+        late=("alpha",),
         ends_early=True,
         bad=[
             ({"alpha": -1.0}, ValueError, "`alpha` must lie in"),
@@ -484,6 +558,7 @@ METHODS = [
         floats={"sigma": 0.5, "decay": 0.3},
         closed_form_arguments={"sigma": 0.6, "decay": 0.7},
         closed_form_updates=3,
+        late=("decay",),
         bad=[
             ({"sigma": -1.0}, ValueError, "`sigma` must lie in"),
             ({"decay": 1.5}, ValueError, "`decay` must lie in"),
@@ -859,6 +934,184 @@ METHODS = [
         ],
         modes=PLAIN,
         length=1,
+    ),
+    Method(
+        name="entropy_mcmc",
+        arguments={
+            "learning_rate": 0.1,
+            "temperature": 0.0,
+            "gamma": 0.8,
+            "weight_decay": 0.02,
+            "key": 0,
+        },
+        floats={
+            "learning_rate": 0.3,
+            "temperature": 0.1,
+            "gamma": 0.3,
+            "weight_decay": 0.1,
+        },
+        noisy={"temperature": 0.05},
+        off={"gamma": 0.0, "weight_decay": 0.0, "temperature": 0.03},
+        off_is=optax_flat.sgld(0.1, 0.03, key=0),
+        closed_form=lambda q, x: anchored_steps(
+            q, x, rate=0.1, temperature=0.3, gamma=0.8, decay=0.02, updates=3
+        ),
+        closed_form_arguments={"temperature": 0.3},
+        closed_form_updates=3,
+        bad=[
+            *LANGEVIN_BAD,
+            NEGATIVE_RATE,
+            ({"gamma": -1.0}, ValueError, r"`gamma` must lie in \[0, inf\), got -1"),
+            ({"weight_decay": -1.0}, ValueError, "`weight_decay` must lie in"),
+        ],
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="anti_pgd",
+        arguments={"learning_rate": 0.1, "noise": 0.0, "key": 0},
+        floats={"learning_rate": 0.3, "noise": 0.1},
+        noisy={"noise": 0.05},
+        off={"noise": 0.0},
+        off_is=optax.sgd(0.1),
+        closed_form=lambda q, x: anticorrelated_steps(
+            q, x, rate=0.1, noise=0.3, updates=3
+        ),
+        closed_form_arguments={"noise": 0.3, "noise_kind": "rademacher"},
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            ({"noise": -1.0}, ValueError, r"`noise` must lie in \[0, inf\), got -1"),
+            ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of"),
+            ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
+        ],
+        keeps_floats=False,
+        modes=PLAIN,
+        length=1,
+    ),
+    Method(
+        name="ivon",
+        arguments={
+            "learning_rate": 0.1,
+            "ess": 50.0,
+            "hess_init": 0.5,
+            "b2": 0.9,
+            "weight_decay": 0.05,
+            "num_samples": 4,
+            "key": 0,
+        },
+        floats={
+            "learning_rate": 0.3,
+            "ess": 20.0,
+            "b1": 0.5,
+            "b2": 0.5,
+            "weight_decay": 0.2,
+        },
+        noisy={"ess": 30.0},
+        off={"ess": 1e20, "b2": 1.0, "num_samples": 1},
+        off_is=optax.chain(
+            optax.ema(0.9), optax.add_decayed_weights(0.05), optax.scale(-0.1)
+        ),
+        closed_form=lambda q, x: ivon_steps(
+            q,
+            x,
+            rate=0.1,
+            ess=7.0,
+            h0=0.5,
+            b1=0.9,
+            b2=0.9,
+            decay=0.05,
+            samples=4,
+            updates=3,
+        ),
+        closed_form_arguments={"ess": 7.0},
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            ({"ess": 0.0}, ValueError, r"`ess` must lie in \(0, inf\), got 0"),
+            ({"hess_init": 0.0}, ValueError, r"`hess_init` must lie in \(0, inf\)"),
+            (
+                {"hess_init": optax.constant_schedule(1.0)},
+                TypeError,
+                "`hess_init` is read once, .* Give a float > 0",
+            ),
+            ({"b1": 1.0}, ValueError, r"`b1` must lie in \[0, 1\), got 1"),
+            ({"b2": 1.1}, ValueError, r"`b2` must lie in \[0, 1\], got 1.1"),
+            ({"weight_decay": -1.0}, ValueError, "`weight_decay` must lie in"),
+            ({"num_samples": 0}, ValueError, "`num_samples` must be an int >= 1"),
+            ({"rescale_lr": 2.0}, TypeError, "`rescale_lr` must be True or False"),
+            ({"debias": 2.0}, TypeError, "`debias` must be True or False"),
+            ({"clip_radius": 0.0}, ValueError, r"`clip_radius` must lie in \(0, inf"),
+            ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of"),
+            ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
+            ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
+        ],
+        looks_ahead=True,
+        keeps_floats=False,  # the rounding of the params is in all of them
+        of_length=lambda n: {"num_samples": n},
+    ),
+    Method(
+        name="bsam",
+        arguments={
+            "learning_rate": 0.1,
+            "num_data": 50.0,
+            "rho": 0.05,
+            "b2": 0.9,
+            "weight_decay": 0.05,
+            "num_shards": 2,
+            "key": 0,
+        },
+        floats={
+            "learning_rate": 0.3,
+            "num_data": 20.0,
+            "rho": 0.2,
+            "b1": 0.5,
+            "b2": 0.5,
+            "weight_decay": 0.2,
+            "damping": 0.5,
+        },
+        noisy={"num_data": 30.0},
+        late=("b2", "damping"),  # the old s divides
+        off={"num_data": 1e20, "rho": 0.0, "b2": 1.0, "num_shards": 1},
+        off_is=optax.chain(
+            optax.add_decayed_weights(0.05),
+            optax.ema(0.9, debias=False),
+            optax.scale(-0.1),
+        ),
+        off_length=2,
+        closed_form=lambda q, x: bsam_steps(
+            q,
+            x,
+            rate=0.1,
+            size=7.0,
+            rho=0.3,
+            b1=0.9,
+            b2=0.9,
+            decay=0.05,
+            damping=0.1,
+            s0=0.8,
+            shards=2,
+            updates=3,
+        ),
+        closed_form_arguments={"num_data": 7.0, "rho": 0.3, "s_init": 0.8},
+        closed_form_updates=3,
+        bad=[
+            NEGATIVE_RATE,
+            ({"num_data": 0.0}, ValueError, r"`num_data` must lie in \(0, inf\)"),
+            ({"rho": -1.0}, ValueError, r"`rho` must lie in \[0, inf\), got -1"),
+            ({"b1": 1.0}, ValueError, r"`b1` must lie in \[0, 1\), got 1"),
+            ({"b2": 1.1}, ValueError, r"`b2` must lie in \[0, 1\], got 1.1"),
+            ({"weight_decay": -1.0}, ValueError, "`weight_decay` must lie in"),
+            ({"damping": -1.0}, ValueError, "`damping` must lie in"),
+            ({"s_init": 0.0}, ValueError, r"`s_init` must lie in \(0, inf\), got 0"),
+            ({"num_shards": 0}, ValueError, "`num_shards` must be an int >= 1"),
+            ({"noise_kind": "uniform"}, ValueError, "`noise_kind` must be one of"),
+            ({"accumulator_dtype": int}, TypeError, "`accumulator_dtype` must be"),
+            ({"key": None}, ValueError, "`key` must be one typed key .* got None"),
+        ],
+        looks_ahead=True,
+        keeps_floats=False,  # the rounding of the params is in all of them
+        of_length=lambda n: {"num_shards": n // 2},
     ),
     Method(
         name="perturbation_gradient",

@@ -9,6 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from PIL import Image
@@ -204,6 +205,35 @@ def test_no_gradients():
     assert accuracy["ensemble Kalman, resampled"] > accuracy["Adam, backpropagation"]
 
 
+def test_bayes_ivon(tmp_path, capsys):
+    example = load("bayes_ivon")
+    results = example.main(["--smoke", "--out", str(tmp_path)])
+    shown = capsys.readouterr().out
+    assert list(results) == ["SGD", "Adam", "IVON, 16 draws", "IVON, mean"]
+    for name, found in results.items():
+        assert f"\n{name} " in shown
+        assert (found["accuracy"] > 80).all()  # of few examples and few updates
+        assert all(len(values) == 2 for values in found.values())
+    # Averaging over draws makes the predictions less sure than those of the mean.
+    assert (results["IVON, 16 draws"]["nll"] != results["IVON, mean"]["nll"]).all()
+    with Image.open(tmp_path / "bayes_ivon.png") as image:
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+def test_bayes_ivon_measures_calibration():
+    """Nine tenths sure and right three times of four; half sure and always right."""
+    example = load("bayes_ivon")
+    probabilities = np.zeros([6, 10])
+    probabilities[:4, 0], probabilities[:4, 1] = 0.95, 0.05
+    probabilities[4:, 2], probabilities[4:, 3] = 0.55, 0.45
+    labels = np.array([0, 0, 0, 1, 2, 2])
+    found = example.measures(probabilities, labels)
+    assert found["accuracy"] == pytest.approx(100 * 5 / 6)
+    assert found["ece"] == pytest.approx(100 * (4 * 0.2 + 2 * 0.45) / 6)
+    nll = -(3 * np.log(0.95) + np.log(0.05) + 2 * np.log(0.55)) / 6
+    assert found["nll"] == pytest.approx(nll)
+
+
 def test_gallery(tmp_path, capsys):
     """Smoke pictures of every kind; the full set is what is in the documentation."""
     example = load("gallery")
@@ -256,3 +286,44 @@ def test_flatness_report(tmp_path, capsys):
         assert again.to_json() == found.to_json()
     for picture in ("flatness_report.png", "landscape.png"):
         assert (tmp_path / picture).stat().st_size > 10_000
+
+
+def test_sam_resnet(tmp_path, monkeypatch):
+    """It learns; cut off after an epoch it goes on and ends with the same bits."""
+    example = load("sam_resnet")
+    data = example.load(None)
+    straight = example.train("sam", data, 3, tmp_path / "straight")
+    assert straight > 0.2  # guessing gives 0.1
+    seen = []
+
+    def cut_off(images, rng):
+        seen.append(None)
+        if len(seen) == 12:  # in the second epoch of eleven updates
+            raise KeyboardInterrupt
+        return augment(images, rng)
+
+    augment = example.augment
+    monkeypatch.setattr(example, "augment", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        example.train("sam", data, 3, tmp_path / "cut")
+    monkeypatch.setattr(example, "augment", augment)
+    example.train("sam", data, 3, tmp_path / "cut")
+
+    def last(folder):
+        with ocp.CheckpointManager(tmp_path / folder) as manager:
+            return jax.tree.leaves(manager.restore(3, args=ocp.args.StandardRestore()))
+
+    for ours, theirs in zip(last("straight"), last("cut"), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_augmentation_moves_by_a_pixel():
+    """Padding moves no pixel in or out of the window but at its border."""
+    example = load("sam_resnet")
+    images = np.random.default_rng(0).uniform(size=(5, 8, 8, 1)).astype(np.float32)
+    moved = example.augment(images, np.random.default_rng(1))
+    assert moved.shape == images.shape
+    inner = [m[2:6, 2:6] for m in moved]
+    for image, part in zip(images, inner, strict=True):
+        shifts = [image[i : i + 4, j : j + 4] for i in (1, 2, 3) for j in (1, 2, 3)]
+        assert any(np.array_equal(part, shift) for shift in shifts)

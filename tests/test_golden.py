@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 from problem import train
 
 import optax_flat
+from optax_flat._core import keys, noise
+from optax_flat._methods import bsam, entropy_mcmc, ivon
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -26,6 +29,138 @@ def cross_entropy(params, batch):
     X, y = batch
     logits = X @ params["W"] + params["b"]
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+
+def start_of(golden):
+    return {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
+
+
+def assert_follows(run, golden):
+    for leaf in ("W", "b"):
+        ours = np.stack([params[leaf] for params in run.path])
+        np.testing.assert_allclose(ours, golden[leaf], rtol=0, atol=1e-10)
+
+
+@pytest.fixture
+def replay(monkeypatch):
+    """Makes a method draw recorded noise: for each leaf [update, draw, ...]."""
+
+    def patch(method, recorded):
+        recorded = jax.tree.map(jnp.asarray, recorded)
+        no_keys = SimpleNamespace(data=keys.data, fold_in=lambda data, t, like: t)
+        changes = {
+            "keys": no_keys,
+            "first_seed": lambda t, like: jnp.stack([t, 0 * t]).astype("uint32"),
+            "next_seed": lambda seed: seed + jnp.array([0, 1], "uint32"),
+            "draw_from": lambda seed, like, kind: jax.tree.map(
+                lambda x: x[seed[0], seed[1]], recorded
+            ),
+        }
+        for name, replacement in changes.items():
+            monkeypatch.setattr(method, name, replacement, raising=False)
+        monkeypatch.setattr(noise, "draw_from", changes["draw_from"])
+
+    return patch
+
+
+def on_first_draw(tx, params, deviation, recorded, **memory):
+    """Params and state as if `init` could move the params to the first draw."""
+    state = tx.init(params)
+    first = jax.tree.map(lambda x: jnp.asarray(x[0, 0]) * deviation, recorded)
+    memory |= {"offset": jax.tree.map(jnp.negative, first)}
+    state = state._replace(memory=state.memory._replace(**memory))
+    return optax.tree.add(params, first), state
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize(
+    "name",
+    ["optax", "optax_2samples", "optax_clip", "torch", "torch_2samples", "torch_clip",
+     "torch_gradsq"],
+)  # fmt: skip
+def test_ivon(name, mode, replay, x64):
+    meta, golden = load(f"ivon_{name}")
+    config = meta["config"]
+    recorded = {leaf: golden[f"noise_{leaf}"] for leaf in ("W", "b")}
+    replay(ivon, recorded)
+    tx = optax_flat.ivon(
+        config["lr"], ess=config["ess"], hess_init=config["hess_init"],
+        b1=config["beta1"], b2=config["beta2"], weight_decay=config["weight_decay"],
+        num_samples=config["samples"], rescale_lr=config["rescale_lr"],
+        clip_radius=config["clip_radius"], debias=config.get("debias", True),
+        hess_approx=config["hess_approx"],
+        mode=mode, key=0,
+    )  # fmt: skip
+    precision = config["ess"] * (config["hess_init"] + config["weight_decay"])
+    params, state = on_first_draw(
+        tx, start_of(golden), precision**-0.5, recorded, drawn=jnp.array(True)
+    )
+    data = [  # all samples of an update on one minibatch
+        tuple(jnp.stack([jnp.asarray(x)] * config["samples"]) for x in batch)
+        for batch in zip(golden["X"], golden["y"], strict=True)
+    ]
+    run = train(tx, mode, params, data, state, loss=cross_entropy)
+    assert_follows(run, golden)
+    for leaf in ("W", "b"):
+        memory = run.state.memory
+        for ours, theirs in ((memory.hess, "hess"), (memory.mu, "momentum")):
+            last = golden[f"{theirs}_{leaf}"][-1]
+            np.testing.assert_allclose(ours[leaf], last, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+@pytest.mark.parametrize("name", ["bsam", "bsam_2shards"])
+def test_bsam(name, mode, replay, x64):
+    meta, golden = load(name)
+    config = meta["config"]
+    shards = config["batchsplit"]
+    recorded = {leaf: golden[f"noise_{leaf}"] for leaf in ("W", "b")}
+    replay(bsam, recorded)
+    tx = optax_flat.bsam(
+        config["lr"], num_data=config["Ndata"], rho=config["rho"],
+        b1=config["beta1"], b2=config["beta2"], weight_decay=config["weight_decay"],
+        damping=config["damping"], s_init=config["s_init"], num_shards=shards,
+        mode=mode, key=0,
+    )  # fmt: skip
+    deviation = (config["Ndata"] * config["s_init"]) ** -0.5
+    params, state = on_first_draw(tx, start_of(golden), deviation, recorded)
+    data = [
+        tuple(
+            jnp.repeat(jnp.reshape(x, (shards, -1, *x.shape[1:])), 2, axis=0)
+            for x in batch
+        )
+        for batch in zip(golden["X"], golden["y"], strict=True)
+    ]
+    run = train(tx, mode, params, data, state, loss=cross_entropy)
+    assert_follows(run, golden)
+    for leaf in ("W", "b"):
+        last = golden[f"s_{leaf}"][-1]
+        ours = run.state.memory.scale[leaf]
+        np.testing.assert_allclose(ours, last, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["emcmc", "emcmc_cyclical"])
+def test_entropy_mcmc(name, replay, x64):
+    meta, golden = load(name)
+    config = meta["config"]
+    recorded = {
+        leaf: np.stack([golden[f"noise_{leaf}"], golden[f"noise_{leaf}_anchor"]], 1)
+        for leaf in ("W", "b")
+    }
+    replay(entropy_mcmc, recorded)
+    tx = optax_flat.entropy_mcmc(
+        lambda t: jnp.asarray(golden["lr"])[t], config["temperature_over_n"],
+        gamma=config["gamma"], weight_decay=config["weight_decay"], key=0,
+    )  # fmt: skip
+    data = [
+        tuple(jnp.asarray(x)[None] for x in batch)
+        for batch in zip(golden["X"], golden["y"], strict=True)
+    ]
+    run = train(tx, "plain", start_of(golden), data, loss=cross_entropy)
+    assert_follows(run, golden)
+    for leaf in ("W", "b"):
+        last = golden[f"{leaf}_anchor"][-1]
+        np.testing.assert_allclose(run.state.anchor[leaf], last, rtol=0, atol=1e-10)
 
 
 def ucla(config, langevin):
@@ -248,10 +383,10 @@ def test_sharpness_aware(name, mode, x64):
     """Two gradients per update, both on the same minibatch."""
     meta, golden = load(name)
     tx = SAM_FAMILY[name](meta["config"] | {"mode": mode}, golden)
-    replay(tx, mode, golden, repeats=2, atol=5e-11 if "looksam" in name else 1e-11)
+    follow(tx, mode, golden, repeats=2, atol=5e-11 if "looksam" in name else 1e-11)
 
 
-def replay(tx, mode, golden, *, repeats, atol, start=None):
+def follow(tx, mode, golden, *, repeats, atol, start=None):
     """All steps of a file, `repeats` gradients each."""
     params = {"W": jnp.asarray(golden["W0"]), "b": jnp.asarray(golden["b0"])}
     data = [
@@ -278,7 +413,7 @@ def test_momentum_sam(name, mode, x64):
         inner_transform=optax.add_decayed_weights(config["weight_decay"]),
         mode=mode,
     )
-    run = replay(tx, mode, golden, repeats=1, atol=1e-11)
+    run = follow(tx, mode, golden, repeats=1, atol=1e-11)
     for leaf in ("W", "b"):
         # Their perturbation at the end of a step is that of the next one's gradient.
         last = golden[f"{leaf}_stored"][-1]
@@ -297,7 +432,7 @@ def test_momentum_sam_with_adamw(x64):
     decay = optax.GradientTransformation(lambda params: (), decay_behind)
     outer = optax.chain(optax.adam(rate, *config["betas"], config["eps"]), decay)
     tx = optax_flat.momentum_sam(outer, rho=config["rho"])
-    replay(tx, "scanned", golden, repeats=1, atol=1e-11)
+    follow(tx, "scanned", golden, repeats=1, atol=1e-11)
 
 
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
@@ -319,7 +454,9 @@ def test_sampa(name, mode, x64):
 
 
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
-@pytest.mark.parametrize("name", ["lookbehind_sam", "lookbehind_asam"])
+@pytest.mark.parametrize(
+    "name", ["lookbehind_sam", "lookbehind_asam", "lookbehind_sam_adaptive"]
+)
 def test_lookbehind(name, mode, x64):
     """Their 2 k gradients are k + 1 different ones."""
     meta, golden = load(name)
@@ -328,7 +465,38 @@ def test_lookbehind(name, mode, x64):
     if "eta" in config:
         rule = optax_flat.ascent.adaptive_unit(config["eta"])
     tx = optax_flat.lookbehind_sam(
-        base(config), rho=config["rho"], alpha=config["alpha"],
-        num_steps=config["k"], ascent=rule, mode=mode,
+        base(config), rho=config["rho"], alpha=max(config["alpha"], 0.1),
+        adaptive=config["alpha"] == -1, num_steps=config["k"], ascent=rule, mode=mode,
     )  # fmt: skip
-    replay(tx, mode, golden, repeats=1 + config["k"], atol=1e-11)
+    follow(tx, mode, golden, repeats=1 + config["k"], atol=1e-11)
+
+
+@pytest.mark.parametrize("name", ["ssam_fisher", "ssam_dynamic"])
+def test_sparse_sam_by_a_rule_of_ones_own(name, x64):
+    """A recorded mask of the entries, behind a norm of all of them."""
+    meta, golden = load(name)
+    masks = {leaf: jnp.asarray(golden[f"mask_{leaf}"]) for leaf in ("W", "b")}
+
+    def update(grads, count, params=None):
+        size = optax.tree.norm(grads) + 1e-7
+        kept = jax.tree.map(lambda g, m: m[count] * g / size, grads, masks)
+        return kept, count + 1
+
+    rule = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    tx = optax_flat.sam(base(meta["config"]), rho=meta["config"]["rho"], ascent=rule)
+    follow(tx, "scanned", golden, repeats=2, atol=1e-11)
+
+
+def test_default_of_gnp_by_a_rule_of_ones_own(x64):
+    """It interpolates with g / ||g||, which is not the paper's."""
+    meta, golden = load("gnp_normed")
+    alpha = meta["config"]["alpha"]
+
+    def combine(state, grads, count):
+        factor = (1 - alpha) / optax.tree.norm(grads.first)
+        d = jax.tree.map(lambda g, r: factor * g + alpha * r, grads[0], grads[1])
+        return optax_flat.descent.Combined(d, None, state)
+
+    rule = optax_flat.descent.Descent(lambda params: (), combine)
+    tx = optax_flat.sam(base(meta["config"]), rho=meta["config"]["r"], descent=rule)
+    follow(tx, "scanned", golden, repeats=2, atol=1e-11)

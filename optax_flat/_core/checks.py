@@ -68,14 +68,16 @@ def number(
     return value
 
 
-def start_value(name: str, value: Any, low: float = -math.inf) -> Any:
+def start_value(
+    name: str, value: Any, low: float = -math.inf, *, open_low: bool = False
+) -> Any:
     """What an accumulator starts at: a float of at least `low`, no schedule."""
     if callable(value):
         raise TypeError(
             f"`{name}` is read once, at `init`, so it cannot be a schedule, got "
-            f"{value!r}. Give a float >= {low:g}."
+            f"{value!r}. Give a float {'>' if open_low else '>='} {low:g}."
         )
-    return number(name, value, low)
+    return number(name, value, low, open_low=open_low)
 
 
 def constant(

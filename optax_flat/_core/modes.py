@@ -426,9 +426,9 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
             "`opt_state` itself. A state of your own should be a NamedTuple."
         )
-    arrays = _plain(params)
+    arrays = plain(params)
     try:
-        there = evaluated(_plain(opt_state), arrays)
+        there = evaluated(plain(opt_state), arrays)
     except AveragesBesideAWalkError:
         raise
     except ValueError as error:
@@ -459,7 +459,7 @@ def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, A
         yield place, node
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The tree with arrays in the place of NNX's variables."""
     nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
     return tree if nnx is None else nnx.as_pure(tree)
@@ -504,6 +504,11 @@ def evaluated(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
     return params
 
 
+def one_minibatch(memory: Any) -> bool:
+    """Whether all gradients of a walk belong to one minibatch."""
+    return getattr(memory, "one_minibatch", False)
+
+
 def build(
     walk: Walk, arguments: LoopArguments, num_groups: int = 1
 ) -> optax.GradientTransformationExtraArgs:
@@ -521,20 +526,6 @@ def build(
             'the optimizer with mode="scanned".'
         )
     return transparent(walk, **in_both)
-
-
-def stand_on(
-    point: optax.Params, anchor: optax.Params, params: optax.Params
-) -> tuple[optax.Updates, optax.Updates]:
-    """Updates that bring the params to a point, and the anchor's offset from there.
-
-    The offset is from where the params are after rounding, so that the anchor loses
-    nothing by it.
-    """
-    here = trees.cast_like(params, point)
-    updates = trees.rounded_like(optax.tree.sub(point, here), params)
-    there = trees.rounded_like(optax.tree.add(here, updates), params)
-    return updates, optax.tree.sub(anchor, there)
 
 
 def _more_of(walk, memory, go_on, grouped):
@@ -588,7 +579,7 @@ def _check_batches(memory, batches, length, num_groups):
             f"first, with leading axes [L - 1, {num_groups}]; make_train_step(..., "
             f"num_groups={num_groups}) does so itself."
         )
-    if getattr(memory, "one_minibatch", False):
+    if one_minibatch(memory):
         batches = jax.tree.map(functools.partial(_repeated, length - 1), batches)
     checks.leading_axis(batches, length - 1)
     for leaf in jax.tree.leaves(batches):

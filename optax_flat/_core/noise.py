@@ -95,6 +95,12 @@ def draw_from(seed: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     return jax.tree.unflatten(structure, draws)
 
 
+def draw_around(mean: Any, deviations: Any, seed: jax.Array, kind: str) -> Any:
+    """The draws of a seed, with the mean and the deviation of each entry."""
+    z = draw_from(seed, mean, kind)
+    return jax.tree.map(lambda m, d, z: m + d * z, mean, deviations, z)
+
+
 def _numbers(leaves):
     """For each leaf its first number and the first block of 2^32 that it is in."""
     first, block = 0, 0

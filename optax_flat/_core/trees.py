@@ -55,6 +55,17 @@ def rounded_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(rounded, tree, like)
 
 
+def steps_to(point: Any, params: Any) -> tuple[Any, Any]:
+    """Updates that lead from `params` to a point, and where they really lead.
+
+    Both have the point's dtype, rounded as the params are: an anchor that is kept as a
+    distance from there loses nothing by it.
+    """
+    here = cast_like(params, point)
+    updates = rounded_like(optax.tree.sub(point, here), params)
+    return updates, rounded_like(optax.tree.add(here, updates), params)
+
+
 def select_like(tree: Any, like: Any) -> Any:
     """`tree` in the dtypes of `like`, with its masked leaves masked."""
 

@@ -42,6 +42,7 @@ class _Inner(NamedTuple):
     taken: jax.Array  # int32, [], gradients consumed
     point: optax.Params
     fast: optax.Params
+    first: Any  # the fast weights after their first step; None with a given alpha
     outer_state: optax.OptState
     ascent_state: Any
 
@@ -53,6 +54,7 @@ def lookbehind_sam(
     rho: optax.ScalarOrSchedule = 0.05,
     alpha: optax.ScalarOrSchedule = 0.5,
     num_steps: int = 5,
+    adaptive: bool = False,
     ascent: optax.GradientTransformation | None = None,
     **loop: Unpack[LoopArguments],
 ) -> optax.GradientTransformationExtraArgs:
@@ -75,6 +77,9 @@ def lookbehind_sam(
       rho: the radius of each ascent, >= 0.
       alpha: how far w goes to the fast weights, in (0, 1].
       num_steps: k, >= 1.
+      adaptive: whether every leaf has an alpha of its own in the place of `alpha`,
+        (1 + c) / 2 with c the cosine between its first fast step and all of them. It
+        takes a buffer like the params.
       ascent: see `sam`; None is `ascent.unit()`, and
         ``ascent.adaptive_unit()`` makes it Lookbehind-ASAM.
 
@@ -103,15 +108,15 @@ def lookbehind_sam(
       forward <https://arxiv.org/abs/2307.16704>`_, 2024.
 
     Differs from the paper:
-      Nothing with a constant alpha. The authors' code computes every gradient but the
-      last twice, 2 k per update, and has an adaptive alpha for each tensor, which we
-      leave out.
+      Nothing. The authors' code computes every gradient but the last twice, 2 k per
+      update; its alpha of -1 is ``adaptive=True``.
     """
     checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
     num_steps = checks.integer("num_steps", num_steps, 1)
     ascent = checks.transformation("ascent", rules.unit() if ascent is None else ascent)
+    checks.flag("adaptive", adaptive)
     accumulator_dtype = loop["accumulator_dtype"]
 
     def init(params):
@@ -122,7 +127,8 @@ def lookbehind_sam(
     def start(memory, params):
         w = trees.accumulator(params, accumulator_dtype)
         taken = jnp.zeros([], jnp.int32)
-        return _Inner(taken, w, w, memory.outer_state, memory.ascent_state)
+        first = w if adaptive else None
+        return _Inner(taken, w, w, first, memory.outer_state, memory.ascent_state)
 
     def step(memory, inner, grads):
         is_first = inner.taken == 0
@@ -136,15 +142,30 @@ def lookbehind_sam(
             inner.taken + 1,
             jax.tree.map(lambda p, a: p + radius * a, inner.point, a),
             trees.where(is_first, inner.fast, fast),
+            trees.where(inner.taken == 1, fast, inner.first) if adaptive else None,
             trees.where(is_first, inner.outer_state, outer_state),
             trees.where(is_first, ascent_state, inner.ascent_state),
         )
 
     def finish(memory, inner, params):
         w = trees.accumulator(params, accumulator_dtype)
-        part = at(alpha, memory.count)
-        updates = jax.tree.map(lambda fast, w: part * (fast - w), inner.fast, w)
+        steps = optax.tree.sub(inner.fast, w)
+        if adaptive:
+            firsts = optax.tree.sub(inner.first, w)
+            updates = jax.tree.map(
+                lambda s, f: (1 + _cosine(s, f)) / 2 * s, steps, firsts
+            )
+        else:
+            part = at(alpha, memory.count)
+            updates = jax.tree.map(lambda s: part * s, steps)
         count = jnp.asarray(optax.safe_increment(memory.count))
         return updates, LookbehindSAMState(count, inner.outer_state, inner.ascent_state)
 
     return modes.build(Walk(1 + num_steps, init, start, step, finish), loop)
+
+
+def _cosine(a, b):
+    """Of the angle between two arrays; 0 if either is zero."""
+    product = trees.norm(a) * trees.norm(b)
+    safe = jnp.where(product > 0, product, 1.0)
+    return jnp.where(product > 0, trees.vdot(a, b) / safe, 0.0).astype(a.dtype)

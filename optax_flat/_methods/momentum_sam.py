@@ -10,7 +10,7 @@ gives w.
 Paper: Becker, Altrock and Risse, arXiv 2401.12033. Code: MarlonBecker/MSAM.
 """
 
-from typing import NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -122,13 +122,14 @@ def momentum_sam(
         along, _ = ascent.unit().update(_momentum(outer_state, w), optax.EmptyState())
         radius = at(rho, count)
         there = jax.tree.map(lambda w, a: w - radius * a, w, along)
-        updates, offset = modes.stand_on(there, w, params)
+        updates, there = trees.steps_to(there, params)
+        offset = optax.tree.sub(w, there)
         return updates, MomentumSAMState(count, outer_state, offset)
 
     return modes.build(Walk(1, init, start, step, finish), loop)
 
 
-def _momentum(outer_state, params):
+def _momentum(outer_state: optax.OptState, params: optax.Params) -> Any:
     """The tree of the outer optimizer's state that is its momentum."""
     structure = jax.tree.structure(params)
 

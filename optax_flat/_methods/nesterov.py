@@ -159,8 +159,9 @@ def multipoint_nesterov(
         count = jnp.asarray(optax.safe_increment(memory.count))
         theta = optax.tree.sub(inner.anchor, v)
         ahead = nodes[0] * at(momentum, count)
-        there = jax.tree.map(lambda x, v: x - ahead * v, theta, v)
-        updates, offset = modes.stand_on(there, theta, params)
+        point = jax.tree.map(lambda x, v: x - ahead * v, theta, v)
+        updates, there = trees.steps_to(point, params)
+        offset = optax.tree.sub(theta, there)
         return updates, MultipointNesterovState(count, v, offset)
 
     return modes.build(Walk(len(nodes), init, start, step, finish), loop)

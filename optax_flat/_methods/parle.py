@@ -20,7 +20,6 @@ Papers: Chaudhari et al., arXiv 1707.00424 (Parle); Zhang et al., arXiv 1412.665
 (EASGD). Code: ucla-vision/parle. How we differ is at the end of the docstrings.
 """
 
-import inspect
 from collections.abc import Hashable
 from typing import Annotated, Any, NamedTuple, Unpack
 
@@ -75,14 +74,6 @@ class ParleArguments(walks.LocalEntropyArguments, total=False):
             '"scanned" or "transparent", see `local_entropy`. Under `jax.vmap` '
             "transparent mode computes an outer update at every gradient, and uses one "
             "of `num_steps`.",
-        ),
-    ]
-    key: Annotated[
-        jax.typing.ArrayLike,
-        Argument(
-            inspect.Parameter.empty,
-            "a typed or raw PRNG key, or an int, the same for all replicas: each folds "
-            "its index in.",
         ),
     ]
 
@@ -234,7 +225,8 @@ def parle(
 
     `init` and `update` are one replica's, and must be called where the replica axis has
     a name: inside ``jax.vmap(..., axis_name=...)``, or inside `jax.shard_map` over a
-    mesh axis of that name. Everything else is as with `entropy_sgd`.
+    mesh axis of that name. The key is the same for all replicas: each folds its index
+    in. Everything else is as with `entropy_sgd`.
     ``jax.vmap(eval_params)`` gives the mean of the replicas, once for each of them;
     batch statistics must be re-estimated there. With `skip_nonfinite` all replicas skip
     the update in which one of them became non-finite.

@@ -156,7 +156,8 @@ def sampa(
         steps, outer_state = outer.update(trees.cast_like(d, w), memory.outer_state, w)
         w = optax.tree.add(w, steps)
         steps, _ = outer.update(inner.ahead, outer_state, w)
-        updates, offset = modes.stand_on(optax.tree.add(w, steps), w, params)
+        updates, y = trees.steps_to(optax.tree.add(w, steps), params)
+        offset = optax.tree.sub(w, y)
         count = jnp.asarray(optax.safe_increment(memory.count))
         return updates, SAMPaState(
             count, outer_state, ascent_state, inner.ahead, offset

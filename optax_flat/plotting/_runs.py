@@ -57,7 +57,8 @@ def make_runs(
         return source(key) if callable(source) else source
 
     with naming(name):
-        length = _walk_length(checks.transformation(name, made(keys[0])), start)
+        tx = checks.transformation(name, made(keys[0]))
+        length, one_minibatch = _walk(tx, start)
 
     def positions(key, weights):
         tx = made(key)
@@ -77,6 +78,8 @@ def make_runs(
         batches = weights[: updates * per_update]
         if length is not None:
             batches = batches.reshape(updates, length)
+        if one_minibatch:
+            batches = batches[:, 0]
         later: Any
         _, later = jax.lax.scan(body, (start, tx.init(start)), batches)
         every = jnp.concatenate([start[None], later])
@@ -111,16 +114,16 @@ def naming(name: str) -> Iterator[None]:
         raise
 
 
-def _walk_length(tx, start):
-    """Gradients per update in scanned mode, None for all others.
+def _walk(tx, start):
+    """Gradients per update in scanned mode, and whether all are of one minibatch.
 
     Only the state knows, after one update. Without batches a walk takes as many
-    gradients as it wants.
+    gradients as it wants. None and False for all else.
     """
     opt_state = tx.init(start)
     if not modes.states(opt_state, modes.ScannedState):
-        return None
+        return None, False
     step = make_train_step(lambda params, _: jnp.sum(params), tx)
     _, opt_state, _ = step(start, opt_state, None)
     walk = modes.states(opt_state, modes.ScannedState)[0]
-    return int(walk.gradient_evaluations)
+    return int(walk.gradient_evaluations), modes.one_minibatch(walk.memory)

@@ -1,4 +1,4 @@
-"""Training helpers: a step, a Flax train state, losses, samples, batch statistics."""
+"""Training helpers: steps, a Flax train state, losses, samples, batch statistics."""
 
 from typing import TYPE_CHECKING
 
@@ -6,6 +6,7 @@ from optax_flat.training.batch_stats import update_batch_stats as update_batch_s
 from optax_flat.training.history import History as History
 from optax_flat.training.sampling import Samples as Samples
 from optax_flat.training.sampling import collect_samples as collect_samples
+from optax_flat.training.sampling import predict as predict
 from optax_flat.training.step import make_train_step as make_train_step
 
 if TYPE_CHECKING:

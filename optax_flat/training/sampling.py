@@ -1,4 +1,4 @@
-"""Samples and predictive averages from a sampler's run."""
+"""Samples and predictive averages: from a sampler's run, or from a posterior."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, modes, trees
+from optax_flat._core.posteriors import sample_params
 
 
 class Samples(NamedTuple):
@@ -91,6 +92,72 @@ def collect_samples(
         chain, batches,
         step=step, burn_in=burn_in, thin=thin, predict_fn=predict_fn, keep=keep,
     )  # fmt: skip
+
+
+def predict(
+    predict_fn: Callable[..., Any],
+    opt_state: optax.OptState,
+    params: optax.Params,
+    key: jax.typing.ArrayLike,
+    *,
+    num_samples: int = 32,
+    aux: Any = None,
+) -> Any:
+    """Averages predictions over draws from the posterior of `ivon` or `bsam`.
+
+    The draws are those of `optax_flat.sample_params`, made and used one at a time in
+    one `lax.scan`, which is compiled once for the same `predict_fn`.
+
+    Args:
+      predict_fn: ``params -> tree of floating-point arrays``, for instance the class
+        probabilities (not the logits) of test inputs; ``(params, aux)`` if there is
+        `aux`.
+      opt_state: the state of an optimizer that contains `ivon` or `bsam`.
+      params: the current params.
+      key: a typed or raw PRNG key, or an int.
+      num_samples: draws, >= 1.
+      aux: what else the model takes, such as batch statistics. None if there is
+        nothing.
+
+    Returns:
+      The mean of ``predict_fn(draw)``, in at least float32.
+
+    Raises:
+      ValueError: the state holds no posterior, `num_samples` below 1, or a `key` that
+        is none.
+      TypeError: `num_samples` not an int.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_flat
+      >>> from optax_flat.training import predict
+      >>> tx = optax_flat.ivon(0.1, ess=100.0, hess_init=0.25, key=0)
+      >>> params = jnp.full(1000, 3.0)
+      >>> square = predict(
+      ...     lambda w: jnp.mean(w**2), tx.init(params), params, 0, num_samples=50)
+      >>> bool(abs(square - (3.0**2 + 1 / 25)) < 0.01)
+      True
+    """
+    num_samples = checks.integer("num_samples", num_samples, 1)
+    extra = () if aux is None else (aux,)
+    return _mean_prediction(
+        opt_state, params, checks.key(key), extra,
+        predict_fn=predict_fn, num_samples=num_samples,
+    )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=("predict_fn", "num_samples"))
+def _mean_prediction(opt_state, params, key, extra, *, predict_fn, num_samples):
+    def one(key):
+        sample = sample_params(opt_state, params, key)
+        return trees.accumulator(predict_fn(sample, *extra))
+
+    def add(total, key):
+        return jax.tree.map(jnp.add, total, one(key)), None
+
+    keys = jax.random.split(key, num_samples)
+    total = trees.concrete(jax.eval_shape(one, keys[0]))
+    total, _ = jax.lax.scan(add, total, keys)
+    return jax.tree.map(lambda x: x / num_samples, total)
 
 
 @functools.partial(

@@ -216,7 +216,7 @@ def _check_mode(mode, is_scanned):
 
 def _first_and_others(batches, memory):
     """The minibatch of the first gradient, and the stack of the others'."""
-    if getattr(memory, "one_minibatch", False):
+    if modes.one_minibatch(memory):
         return batches, jax.tree.map(lambda x: jnp.asarray(x)[None], batches)
     _check_stack(batches)
     return tuple(

@@ -1,0 +1,221 @@
+"""What an update of the sharpness-aware methods, of IVON and of averages costs.
+
+Every program takes twenty minibatches of random data through an MLP, one update each,
+in one `lax.scan`. They run in turns, and a ratio is the median of the ratios within the
+rounds, the first of which is not counted. The references:
+
+* pair: two gradients of each minibatch, the second at a point that the first one leads
+  to, and nothing else: the limit for SAM;
+* sgd: SGD with momentum, one gradient per minibatch: the limit for methods of one.
+
+`optax_sam` is the opaque mode of `optax.contrib.sam`. `torch_sam` is the SAM of
+pytorch_optimizer on the same network, in eager PyTorch; it is measured if both are
+installed (pip install torch pytorch_optimizer) and left out if not. The objective is
+the mean loss over the minibatches after the updates.
+
+    python benchmarks/sam_time.py
+"""
+
+import importlib.util
+import time
+from typing import Any, NamedTuple
+
+import jax
+import matplotlib.pyplot as plt
+import numpy as np
+import optax
+from harness import COLOURS, Rows, parser, table, write_table
+from step_time import SMOKE, Sizes, loss, objective, problem
+
+import optax_flat
+
+RATE = 0.1
+REFERENCES = ("pair", "sgd")
+METHODS = {
+    "sam": optax_flat.sam(optax.sgd(RATE), rho=0.05),
+    "asam": optax_flat.asam(optax.sgd(RATE), rho=0.05),
+    "gsam": optax_flat.gsam(optax.sgd(RATE), rho=0.05),
+    "friendly_sam": optax_flat.friendly_sam(optax.sgd(RATE), rho=0.05),
+    "momentum_sam": optax_flat.momentum_sam(optax.sgd(RATE, 0.9), rho=0.05),
+    "looksam": optax_flat.looksam(optax.sgd(RATE, 0.9), rho=0.05, period=5),
+    "ivon": optax_flat.ivon(
+        RATE, ess=2560.0, hess_init=0.5, noise_kind="rademacher", key=0
+    ),
+    "sgd_swa": optax_flat.swa(optax.sgd(RATE, 0.9), start=0),
+    "sgd_ema": optax_flat.ema_weights(optax.sgd(RATE, 0.9)),
+}
+DOUBLE = ("pair", "optax_sam")  # two gradients per update, which nobody counts
+NAMES = (*REFERENCES, *METHODS, "optax_sam", "torch_sam")
+COLUMNS = ["ratio_to_pair", "ratio_to_sgd", "objective", "temp_mib"]
+
+
+class Program(NamedTuple):
+    """What is timed."""
+
+    call: Any  # of nothing; returns when it is done
+    gradients: int
+    objective: float  # after it
+    memory: dict[str, float]  # MiB of the executable, if there is one
+
+
+def one_update(name):
+    """``(params, opt_state, batch) -> params, opt_state``, and the optimizer."""
+    grad = jax.grad(loss)
+    if name == "pair":
+
+        def two(params, opt_state, batch):
+            ahead = jax.tree.map(lambda p, g: p + 0.01 * g, params, grad(params, batch))
+            grads = grad(ahead, batch)
+            return jax.tree.map(lambda p, g: p - RATE * g, params, grads), opt_state
+
+        return two, optax.identity()
+    tx = METHODS.get(name, optax.sgd(RATE, 0.9))
+    if name == "optax_sam":
+        ascend = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+        tx = optax.contrib.sam(optax.sgd(RATE), ascend, opaque_mode=True)
+    tx = optax.with_extra_args_support(tx)
+
+    def update(params, opt_state, batch):
+        given = {}
+        if name == "optax_sam" or name in METHODS:
+            given["grad_fn"] = lambda point, _: grad(point, batch)
+        grads = grad(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, **given)
+        return optax.apply_updates(params, updates), opt_state
+
+    return update, tx
+
+
+def compiled(name, params, batches):
+    """A program of JAX."""
+    update, tx = one_update(name)
+
+    @jax.jit
+    def run(params, opt_state, batches):
+        def body(carry, batch):
+            return update(*carry, batch), None
+
+        return jax.lax.scan(body, (params, opt_state), batches)[0]
+
+    arguments = (params, tx.init(params), batches)
+    executable = run.lower(*arguments).compile()
+    params, opt_state = executable(*arguments)
+    counted = optax.tree.get(opt_state, "gradient_evaluations")
+    updates = len(batches[1])
+    return Program(
+        lambda: jax.block_until_ready(executable(*arguments)),
+        int(counted) if counted is not None else updates * (1 + (name in DOUBLE)),
+        float(objective(optax_flat.eval_params(opt_state, params), batches)),
+        {"temp_mib": executable.memory_analysis().temp_size_in_bytes / 2**20},
+    )
+
+
+def torch_sam(params, batches):
+    """pytorch_optimizer's SAM in eager PyTorch."""
+    import pytorch_optimizer
+    import torch
+
+    layers = []
+    for layer in params:
+        width, out = layer["w"].shape
+        linear = torch.nn.Linear(width, out)
+        with torch.no_grad():
+            linear.weight.copy_(torch.tensor(np.array(layer["w"]).T.copy()))
+            linear.bias.copy_(torch.tensor(np.array(layer["b"])))
+        layers += [linear, torch.nn.ReLU()]
+    model = torch.nn.Sequential(*layers[:-1])
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    entropy = torch.nn.CrossEntropyLoss()
+    images = torch.tensor(np.array(batches[0]).reshape(*batches[1].shape, -1))
+    labels = torch.tensor(np.array(batches[1]), dtype=torch.long)
+
+    def call():
+        model.load_state_dict(start)
+        optimizer = pytorch_optimizer.SAM(
+            model.parameters(), torch.optim.SGD, rho=0.05, lr=RATE
+        )
+        for x, y in zip(images, labels, strict=True):
+            entropy(model(x), y).backward()
+            optimizer.first_step(zero_grad=True)
+            entropy(model(x), y).backward()
+            optimizer.second_step(zero_grad=True)
+
+    call()
+    with torch.no_grad():
+        losses = [entropy(model(x), y) for x, y in zip(images, labels, strict=True)]
+    return Program(call, 2 * len(labels), float(np.mean(losses)), {})
+
+
+def measure(names, sizes, seed):
+    """Runs the programs in turns; a row for each."""
+    params, batches = problem("mlp", sizes, sizes.num_steps, seed)
+    programs = {
+        name: (torch_sam(params, batches) if name == "torch_sam"
+               else compiled(name, params, batches))
+        for name in dict.fromkeys((*REFERENCES, *names))
+    }  # fmt: skip
+    times = {name: [] for name in programs}
+    for _ in range(1 + sizes.rounds):
+        for name, program in programs.items():
+            start = time.perf_counter()
+            program.call()
+            times[name].append(time.perf_counter() - start)
+    seconds = {name: np.array(of_one[1:]) for name, of_one in times.items()}
+    return {
+        name: {
+            "gradient_evaluations": programs[name].gradients,
+            "forward_passes": 0,
+            "seconds": float(np.median(seconds[name])),
+            **{
+                f"ratio_to_{other}": float(np.median(seconds[name] / seconds[other]))
+                for other in REFERENCES
+            },
+            "objective": programs[name].objective,
+            **programs[name].memory,
+        }
+        for name in names
+    }
+
+
+def picture(rows, path):
+    """Bars of the time relative to two bare gradients."""
+    names = [n for n in NAMES if any(row["method"] == n for row in rows)]
+    ratios = [
+        [row["ratio_to_pair"] for row in rows if row["method"] == name]
+        for name in names
+    ]
+    figure, axes = plt.subplots(figsize=(6, 3.8), layout="constrained")
+    bars = axes.barh(names, [np.mean(r) for r in ratios], color=COLOURS[0])
+    axes.bar_label(bars, fmt=" %.2f", fontsize=8)
+    axes.axvline(1.0, color="silver", zorder=0)
+    axes.set_xlabel("time / two bare gradients'")
+    axes.margins(x=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Measures what has no row yet, then writes table and picture."""
+    available = [
+        name for name in NAMES
+        if name != "torch_sam" or importlib.util.find_spec("pytorch_optimizer")
+    ]  # fmt: skip
+    options = parser(
+        __doc__, available, seeds=3, out="results/sam_time", data=False
+    ).parse_args()
+    sizes = SMOKE if options.smoke else Sizes()
+    rows = Rows(options.out, {**sizes._asdict(), "rate": RATE})
+    for _, seed in rows.pending(options.methods, range(options.seeds)):
+        missing = [name for name in options.methods if (name, seed) not in rows]
+        if not missing:
+            continue
+        for name, row in measure(missing, sizes, seed).items():
+            rows.record(name, seed, row)
+    write_table(table(list(rows), COLUMNS), options.out)
+    picture(list(rows), options.out / "sam_time.png")
+
+
+if __name__ == "__main__":
+    main()
