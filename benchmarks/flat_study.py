@@ -15,7 +15,8 @@ minima differ. Rates fall to 0 by a cosine, but for coolmomentum, whose momentum
 from 0.99 to 0 instead, and for swa, whose rate falls to its half and stays there while
 the last quarter of the points is averaged. nesterov_thirds takes three gradients of a
 minibatch, so it sees the first third of them; sam, asam and gsam take two, and see the
-first half. These three, momentum_sam and swa have SGD with momentum inside.
+first half. These three, momentum_sam and swa have SGD with momentum inside. Of ivon's
+posterior it is the mean that counts.
 
 At the end of a run: accuracies and losses on the training images, with the labels that
 were trained, and on the test images, whose labels are right; the gaps between the two,
@@ -134,6 +135,15 @@ def swa(rate, updates, key):
     return averaged_sgd(rate, updates)
 
 
+def ivon(rate, updates, key):
+    """Its b2 reaches back over most of the run."""
+    del updates
+    return optax_flat.ivon(
+        rate, ess=Sizes().images, b2=0.9999, noise_kind="rademacher",
+        mode="transparent", key=key,
+    )  # fmt: skip
+
+
 def around_sgd(method: Callable[..., Any], **settings: Any):
     """A method around SGD with momentum."""
     return lambda rate, *_: method(optax.sgd(rate, 0.9), **settings)
@@ -156,6 +166,7 @@ METHODS = {
         around_sgd(optax_flat.momentum_sam, rho=0.3, mode="transparent"), 0.1
     ),
     "swa": Method(swa, 0.1, falls=False),
+    "ivon": Method(ivon, 0.2),
 }
 ONE_MINIBATCH = ("sam", "asam", "gsam")  # for both gradients of an update
 
@@ -390,7 +401,7 @@ def picture(rows: Sequence[Row], path: Path) -> None:
             continue
         axes[kinds.index(row["labels"])].plot(
             row[SHOWN[measured]], row["error_gap"], markers[place(row)],
-            **looks(*fills[row["optimizer"]]), alpha=0.75,
+            **looks(*fills[row["optimizer"]]), markersize=4.5, alpha=0.75,
         )  # fmt: skip
     for axes in grid.flat:
         axes.set_xscale("log")

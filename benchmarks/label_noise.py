@@ -147,6 +147,15 @@ def ema(rate, *_):
     return optax_flat.ema_weights(optax.sgd(rate, 0.9), decay=0.999)
 
 
+def ivon(rate, ess, updates, key):
+    """Its b2 reaches back over the whole run."""
+    del updates
+    return optax_flat.ivon(
+        rate, ess=lambda _: ess, b2=0.9999, noise_kind="rademacher",
+        mode="transparent", key=key,
+    )  # fmt: skip
+
+
 RATES = tuple(map(Candidate, (0.001, 0.003, 0.01, 0.03)))
 METHODS = {
     "sgd": Method(lambda rate, *_: optax.sgd(rate, 0.9), RATES),
@@ -163,6 +172,7 @@ METHODS = {
     ),
     "swa": Method(swa, RATES),
     "ema": Method(ema, RATES),
+    "ivon": Method(ivon, pairs((0.03, 0.3), (500.0, 5000.0)), "ess"),
 }
 
 LAYERS = {  # shapes of the kernels, for images of 14x14 and of 16x16x3
