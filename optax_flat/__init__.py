@@ -15,6 +15,12 @@ from optax_flat._core.modes import TransparentState as TransparentState
 from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
+from optax_flat._core.precision import MasterWeightsState as MasterWeightsState
+from optax_flat._core.precision import (
+    StochasticRoundingState as StochasticRoundingState,
+)
+from optax_flat._core.precision import master_weights as master_weights
+from optax_flat._core.precision import stochastic_rounding as stochastic_rounding
 from optax_flat._core.walk import Walk as Walk
 from optax_flat._methods.averaging import LawaState as LawaState
 from optax_flat._methods.averaging import RunningAverageState as RunningAverageState

@@ -349,12 +349,12 @@ def transparent(
         def move(memory, inner, finite, first_point, params):
             here = trees.cast_like(params, inner.point)
             target = trees.where(finite, inner.point, here)
-            return _difference(target, params), memory, jnp.zeros([], jnp.int32)
+            return difference(target, params), memory, jnp.zeros([], jnp.int32)
 
         def outer_update(memory, inner, finite, first_point, params):
             updates, memory, skipped = walker.finish(memory, inner, finite, first_point)
             target = optax.apply_updates(first_point, updates)
-            return _difference(target, params), memory, skipped
+            return difference(target, params), memory, skipped
 
         last = state.step == walk.length - 1
         if walk.ends is not None:
@@ -537,6 +537,13 @@ def stand_on(
     return updates, optax.tree.sub(anchor, there)
 
 
+def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
+    """What to add to params to stand on the target, in the params' dtype."""
+    return jax.tree.map(
+        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
+    )
+
+
 def _more_of(walk, memory, go_on, grouped):
     """The body of the loop over a walk's further gradients, while it wants any."""
 
@@ -691,10 +698,3 @@ def _anchor(memory, first_point):
             lambda o, p: (p + o).astype(p.dtype), offset, first_point
         )
     return evaluated(memory, anchor)  # the walk's outer optimizer may know better
-
-
-def _difference(target, params):
-    """What to add to params to stand on the target, in the params' dtype."""
-    return jax.tree.map(
-        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
-    )

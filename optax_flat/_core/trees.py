@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
@@ -50,7 +51,13 @@ def rounded_like(tree: Any, like: Any) -> Any:
         ours, theirs = jnp.finfo(leaf.dtype), jnp.finfo(partner.dtype)
         if ours.bits <= theirs.bits:
             return leaf
-        return jax.lax.reduce_precision(leaf, theirs.nexp, theirs.nmant)
+        short = jax.lax.reduce_precision(leaf, theirs.nexp, theirs.nmant)
+        if theirs.nexp == ours.nexp:
+            return short
+        # It makes zeros of subnormals, which a cast to float16 does not.
+        smallest = np.asarray(theirs.smallest_subnormal, leaf.dtype)
+        subnormal = jnp.round(leaf / smallest) * smallest
+        return jnp.where(jnp.abs(leaf) < float(theirs.tiny), subnormal, short)
 
     return jax.tree.map(rounded, tree, like)
 
