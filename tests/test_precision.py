@@ -292,18 +292,20 @@ def test_jit_scan_donation_and_types(method, mode):
             params, state = step(params, state, stack)
             assert jax.tree.map(jax.typeof, (params, state)) == types
 
-        @jax.jit
-        def run(params, state, tx=tx):
-            def body(carry, stack, tx=tx):
-                return update(tx, mode, *carry, stack), None
+        def body(carry, stack, tx=tx):
+            return update(tx, mode, *carry, stack), None
 
-            return jax.lax.scan(body, (params, state), data)[0]
+        scanned, _ = jax.jit(functools.partial(jax.lax.scan, body))(
+            (start, tx.init(start)), data
+        )
+        assert_close(scanned[0], params, BF16)
 
-        assert_close(run(start, tx.init(start))[0], params, BF16)
 
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m.modes == WALK_MODES and m.name in NAMES],
-                         ids=lambda m: m.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "method",
+    [m for m in METHODS if m.modes == WALK_MODES and m.name in NAMES],
+    ids=lambda m: m.name,
+)
 def test_modes_agree_around_a_master(method):
     runs = [
         train(
