@@ -243,9 +243,9 @@ def by_hand(tx, check_vma, updates, grad_fn):
     return run(params(), minibatches(1)[0])
 
 
-def by_jit(tx, updates=1, devices=8, **arguments):
+def by_jit(tx, updates=1, devices=8, kind="Auto", **arguments):
     """Params and state after updates in `make_train_step`, and one more call."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,),
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType[kind],),
                          devices=jax.devices()[:devices])  # fmt: skip
     step = make_train_step(loss, tx, **arguments)
     point = jax.device_put(params(), NamedSharding(mesh, P()))
@@ -271,26 +271,28 @@ def test_global_perturbation_in_shard_map(name, check_vma):
     assert_close(found, jax.device_get(expected), factor=10)
 
 
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 @every_check
-def test_perturbation_per_device_is_a_group_per_device(check_vma):
+def test_perturbation_per_device_is_a_group_per_device(check_vma, kind):
     """m-SAM: `pmean` first in `outer`, or as many groups as devices under `jit`."""
     tx = optax_flat.sam(optax.chain(AVERAGE, SGD), rho=0.5)
     # The perturbed point is each device's own already: no pcast.
     found = by_hand(tx, check_vma, 3, jax.grad(loss))
     groups = optax_flat.sam(SGD, rho=0.5, num_groups=8)
-    grouped, _, _ = by_jit(groups, 3, num_groups=8)
+    grouped, _, _ = by_jit(groups, 3, kind=kind, num_groups=8)
     assert_close(found, jax.device_get(grouped), factor=10)
     whole, _, _ = by_jit(optax_flat.sam(SGD, rho=0.5), 3)
     difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found, whole)
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
-def test_groups_walk_without_the_others(hlo):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_groups_walk_without_the_others(hlo, kind):
     """One all-reduce of the params' size per update, not one for each gradient."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params()))
 
     def communicated(tx, **arguments):
-        *_, call = by_jit(tx, **arguments)
+        *_, call = by_jit(tx, kind=kind, **arguments)
         return hlo.total_bytes(hlo.costs(hlo.compiled(*call)))
 
     groups = optax_flat.sam(SGD, rho=0.5, num_groups=8)

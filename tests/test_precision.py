@@ -39,7 +39,6 @@ NAMES = {
     "entropy_sgd", "sam", "looksam", "momentum_sam", "multipoint_nesterov", "parle",
     "sghmc", "ema_weights", "adagrad", "ensemble_kalman",
 }  # fmt: skip
-every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 case = pytest.mark.parametrize(
     ("method", "mode"), [c for c in CASES if c.values[0].name in NAMES]
 )
@@ -101,11 +100,12 @@ def test_float32_params_are_trained_as_without(method, mode):
     assert_equal(run.state.inner_state, plain.state)
 
 
-@every_case
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [c for c in CASES if c.values[1] != "forward"],  # which has no gradients to round
+)
 def test_master_runs_as_float32_params_that_the_loss_rounds(method, mode):
     """The run of float32 params, at every moment rounded; so are those to evaluate."""
-    if mode == "forward":
-        pytest.skip("its outputs, cast to bfloat16 on one side, differ")
     data = batches(3, method.length)
     start = ragged_params(BF16)
     tx = method.make(mode=mode, **method.noisy)
@@ -115,8 +115,6 @@ def test_master_runs_as_float32_params_that_the_loss_rounds(method, mode):
     assert_close(run.state.master, wide.params, BF16)
     assert {x.dtype for x in jax.tree.leaves(run.path)} == {jnp.dtype(BF16)}
     assert_close(run.path, wide.path, BF16)
-    exact = jax.tree.map(lambda m, p: m.astype(p.dtype), run.state.master, run.params)
-    assert_close(run.params, exact, BF16, factor=0.1)
 
 
 @case
@@ -427,7 +425,10 @@ def test_train_step(mode):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-@case
+@pytest.mark.parametrize(
+    ("method", "mode"),
+    [c for c in CASES if c.values[0].name in {"sam", "entropy_sgd", "ema_weights"}],
+)
 def test_shardings_are_kept(method, mode, kind):
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType[kind],))
     start = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8).astype(BF16)}
@@ -491,10 +492,13 @@ def test_loss_scaling(mode):
             inner_transform=optax.scale(1 / scale),
         )  # fmt: skip
         step = make_train_step(scaled, optax_flat.master_weights(sam))
-        params = jnp.ones(4, jnp.float16)
+        params, factor = (
+            jnp.ones(4, jnp.float16),
+            jnp.float32(scale).astype(jnp.float16),
+        )
         state = optax_flat.master_weights(sam).init(params)
         for _ in range(1 if mode == "scanned" else 2):
-            params, state, _ = step(params, state, jnp.float16(scale))
+            params, state, _ = step(params, state, factor)
         return params, int(state.inner_state.skipped)
 
     params, skipped = run(1.0)

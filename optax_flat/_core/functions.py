@@ -45,5 +45,5 @@ def _translated(function, to_caller, to_method):
         return to_method(out)
 
     if hasattr(function, "merges_frozen"):  # see `optax_flat.masked`
-        ask.merges_frozen = True
+        setattr(ask, "merges_frozen", True)  # noqa: B010 - a plain function
     return ask

@@ -191,6 +191,12 @@ def scanned(
     def grouped(function, *axes):
         return function if num_groups == 1 else jax.vmap(function, axes)
 
+    def of_groups(tree, grads):
+        """What each group has of its own, on the devices of its gradient."""
+        if num_groups == 1:
+            return tree
+        return trees.spread_like(tree, jax.tree.leaves(grads)[0])
+
     def init(params):
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
@@ -218,6 +224,7 @@ def scanned(
         memory = state.memory
         consume = functools.partial(walker.consume, memory)
         progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
+        progress = of_groups(progress, updates)
         taken: Any = 1
         batches = _check_batches(memory, batches, walk.length, num_groups)
         if walk.length > 1:
@@ -237,6 +244,7 @@ def scanned(
 
             def go_on(progress, aux, batch):
                 progress, aux = every(progress, aux, batch)
+                progress = of_groups(progress, updates)
                 return progress, trees.mean_of_groups(aux) if num_groups > 1 else aux
 
             if batches is None:
