@@ -47,7 +47,9 @@ _SCALE, _A, _B = 1.3696791, 1.8892610, 8.3269999
 
 
 def draw(key: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
-    """Independent draws with mean 0 and standard deviation `scale`; "uniform" below it.
+    """Independent draws with mean 0 and standard deviation `scale`.
+
+    The uniform ones lie in [0, scale).
 
     Args:
       key: one typed PRNG key.

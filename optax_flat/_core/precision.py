@@ -123,7 +123,7 @@ def master_weights(
         state = MasterWeightsState(master, optimizer.init(here))
         return trees.copy(state, params)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
         layout.check(init, state, params)
         here = _merged(state.master, params)
@@ -212,7 +212,7 @@ def stochastic_rounding(
         state = StochasticRoundingState(count, keys.data(key), inner_state)
         return trees.copy(state, params)
 
-    def update(updates, state, params=None, **extra_args):
+    def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
         layout.check(init, state, params)
         here = trees.accumulator(params)
