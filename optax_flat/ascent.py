@@ -269,7 +269,8 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
     def update(updates, params=None):
         del params
         z = jax.tree.map(z_score, trees.accumulator(updates))
-        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(z)])
+        whole = trees.replicated(z)  # the quantile is that of all entries
+        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
             return updates
         threshold = jnp.quantile(flat, jnp.asarray(quantile, flat.dtype))

@@ -105,7 +105,8 @@ class LoopArguments(TypedDict, total=False):
             None,
             "dtype of what the method keeps and adds up; None is at least float32. "
             "The params keep their own: in bfloat16 an outer update below their "
-            "spacing rounds away, as with any Optax optimizer.",
+            "spacing rounds away, as with any Optax optimizer; `master_weights` "
+            "keeps it.",
         ),
     ]
 
