@@ -29,7 +29,7 @@ from optax_flat._core.modes import states
 CASES = [
     pytest.param(method, mode, id=f"{method.name}-{mode}")
     for method in METHODS
-    for mode in method.modes
+    for mode in method.tried
 ]
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 walk_case = pytest.mark.parametrize(

@@ -32,7 +32,7 @@ EXAMPLES = P(None, "data")  # of minibatches [length, examples, features]
 CASES = [
     pytest.param(method, mode, id=f"{method.name}-{mode}")
     for method in METHODS
-    for mode in method.modes
+    for mode in method.tried
 ]
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
