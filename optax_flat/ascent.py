@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_flat._core import checks, keys, trees
@@ -220,6 +221,10 @@ def friendly(
         first = state.count == 0
         grads = trees.cast_like(updates, state.mu)
         d = jax.tree.map(lambda g, m: jnp.where(first, g, g - s * m), grads, state.mu)
+        # What is left of a gradient that is its mean is rounding, not a direction.
+        rounding = 100 * jnp.finfo(jnp.float32).eps * trees.norm(grads)
+        nothing = jax.tree.map(jnp.zeros_like, d)
+        d = trees.where(trees.norm(d) > rounding, d, nothing)
         mu = jax.tree.map(
             lambda g, m: jnp.where(first, g, keep * m + (1 - keep) * g), grads, state.mu
         )
@@ -269,6 +274,8 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
     def update(updates, params=None):
         del params
         z = jax.tree.map(z_score, trees.accumulator(updates))
+        if not jax.tree.leaves(z):
+            return updates
         whole = trees.replicated(z)  # the quantile is that of all entries
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
@@ -338,10 +345,17 @@ def random_leaves(
 
 def selection(mask: Any, params: optax.Params) -> Any:
     """A bool for every leaf of the params, from a prefix tree or a function."""
-    flags = mask(params) if callable(mask) else mask
-    return jax.tree.map(
-        lambda flag, part: jax.tree.map(lambda _: bool(flag), part), flags, params
-    )
+
+    def spread(flag, part):
+        if not isinstance(flag, bool | np.bool):
+            raise TypeError(
+                "a mask must be a tree of bools like the params, or a prefix of one, "
+                f"got {flag!r} in it. Make one from names by "
+                "jax.tree_util.tree_map_with_path."
+            )
+        return jax.tree.map(lambda _: bool(flag), part)
+
+    return jax.tree.map(spread, mask(params) if callable(mask) else mask, params)
 
 
 def _matrices(params):

@@ -170,7 +170,8 @@ def _shared(signature):
 
 
 def _is_scheduled(parameter):
-    return parameter.annotation == optax.ScalarOrSchedule
+    kinds = (optax.ScalarOrSchedule, optax.ScalarOrSchedule | None)
+    return parameter.annotation in kinds
 
 
 def _documented(docstring, shared):

@@ -250,7 +250,7 @@ def scanned(
             if batches is None:
                 batches = jnp.arange(walk.length - 1)
             progress, _, taken = _loop(
-                _more_of(walk, memory, go_on, grouped),
+                _more_of(walk, memory, go_on, num_groups),
                 (progress, aux, jnp.ones([], jnp.int32)),
                 batches,
                 length=walk.length - 1,
@@ -543,15 +543,15 @@ def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
     )
 
 
-def _more_of(walk, memory, go_on, grouped):
+def _more_of(walk, memory, go_on, num_groups):
     """The body of the loop over a walk's further gradients, while it wants any."""
 
     def body(carry, batch):
         progress, aux, taken = carry
         if walk.ends is None:
             return (*go_on(progress, aux, batch), taken + 1), None
-        ended = grouped(functools.partial(walk.ends, memory), 0)(progress[0])
-        ended = jnp.all(ended)  # of the groups
+        inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
+        ended = walk.ends(memory, inner)  # of all groups together
         progress, aux = _either(ended, _stay, go_on, progress, aux, batch)
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
@@ -694,6 +694,6 @@ def _anchor(memory, first_point):
     anchor, offset = first_point, getattr(memory, "offset", None)
     if offset is not None:
         anchor = trees.map_selected(
-            lambda o, p: (p + o).astype(p.dtype), offset, first_point
+            lambda o, p: (p.astype(o.dtype) + o).astype(p.dtype), offset, first_point
         )
     return evaluated(memory, anchor)  # the walk's outer optimizer may know better
