@@ -242,7 +242,7 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         z_i = \frac{g_i - \mathrm{mean}}{\mathrm{std}}, \qquad
         d_i = g_i \text{ where } |z_i| > Q(|z|), \text{ else } 0
 
-    with mean and standard deviation of the leaf, and Q the quantile of |z| over the
+    with mean and standard deviation of the leaf, and Q the quantile of `|z|` over the
     whole tree. If nothing is left, d is g.
 
     Args:
