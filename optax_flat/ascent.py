@@ -355,7 +355,15 @@ def selection(mask: Any, params: optax.Params) -> Any:
             )
         return jax.tree.map(lambda _: bool(flag), part)
 
-    return jax.tree.map(spread, mask(params) if callable(mask) else mask, params)
+    flags = mask(params) if callable(mask) else mask
+    try:
+        return jax.tree.map(spread, flags, params)
+    except ValueError as error:
+        raise ValueError(
+            "a mask must be a tree of bools like the params, or a prefix of one.\n"
+            f"  got:    {jax.tree.structure(flags)}\n"
+            f"  params: {jax.tree.structure(params)}"
+        ) from error
 
 
 def _matrices(params):

@@ -430,3 +430,14 @@ def test_eval_params_under_strict_promotion():
         params = ragged_params(jnp.bfloat16)
         evaluated = optax_flat.eval_params(tx.init(params), params)
     assert_close(evaluated, params, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("mask", [{}, {"layer": {"w": True}, "scale": True}])
+def test_a_mask_fits_the_params(mask):
+    for tx in (
+        optax_flat.sam(SGD, mask=mask),
+        optax_flat.asam(SGD, weights=mask, mode="transparent"),
+    ):
+        with pytest.raises(ValueError, match="a mask must be a tree of bools like"):
+            state = tx.init(ragged_params())
+            tx.update(ragged_params(), state, ragged_params())

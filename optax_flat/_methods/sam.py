@@ -158,6 +158,7 @@ def sam(
 def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
     def init(params):
         w = trees.accumulator(params, accumulator_dtype)
+        _selected(w, mask, w)  # raises where the mask does not fit
         count = jnp.zeros([], jnp.int32)
         return SAMState(count, outer.init(w), ascent.init(w), descent.init(w))
 
