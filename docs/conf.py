@@ -23,7 +23,6 @@ html_title = "optax_flat"
 # Docstrings are in Google style; `x` is code in them, as it is in Markdown.
 default_role = "code"
 autodoc_member_order = "bysource"
-autodoc_preserve_defaults = True
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False

@@ -70,11 +70,9 @@ def run(name, updates, draws, data, seed):
     train_data, images = data
     init_key, row_key, noise_key, draw_key = jax.random.split(jax.random.key(seed), 4)
     tx = make_optimizer(name, updates, noise_key)
-    # IVON's one gradient per update is a walk of length 1: a stack of one minibatch.
     step = make_train_step(loss_fn, tx)
-    stacked = (1,) if name == "IVON" else ()
     params = Net().init(init_key, images[:1])["params"]
-    rows = jax.random.randint(row_key, (updates, *stacked, BATCH), 0, EXAMPLES)
+    rows = jax.random.randint(row_key, (updates, BATCH), 0, EXAMPLES)
 
     def update(carry, rows):
         batch = jax.tree.map(lambda x: x[rows], train_data)

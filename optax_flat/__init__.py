@@ -16,6 +16,12 @@ from optax_flat._core.modes import eval_params as eval_params
 from optax_flat._core.modes import scanned as scanned
 from optax_flat._core.modes import transparent as transparent
 from optax_flat._core.posteriors import sample_params as sample_params
+from optax_flat._core.precision import MasterWeightsState as MasterWeightsState
+from optax_flat._core.precision import (
+    StochasticRoundingState as StochasticRoundingState,
+)
+from optax_flat._core.precision import master_weights as master_weights
+from optax_flat._core.precision import stochastic_rounding as stochastic_rounding
 from optax_flat._core.walk import Walk as Walk
 from optax_flat._methods.anti_pgd import AntiPGDState as AntiPGDState
 from optax_flat._methods.anti_pgd import anti_pgd as anti_pgd

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_flat._core import checks, keys, trees
@@ -220,6 +221,10 @@ def friendly(
         first = state.count == 0
         grads = trees.cast_like(updates, state.mu)
         d = jax.tree.map(lambda g, m: jnp.where(first, g, g - s * m), grads, state.mu)
+        # What is left of a gradient that is its mean is rounding, not a direction.
+        rounding = 100 * jnp.finfo(jnp.float32).eps * trees.norm(grads)
+        nothing = jax.tree.map(jnp.zeros_like, d)
+        d = trees.where(trees.norm(d) > rounding, d, nothing)
         mu = jax.tree.map(
             lambda g, m: jnp.where(first, g, keep * m + (1 - keep) * g), grads, state.mu
         )
@@ -237,7 +242,7 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         z_i = \frac{g_i - \mathrm{mean}}{\mathrm{std}}, \qquad
         d_i = g_i \text{ where } |z_i| > Q(|z|), \text{ else } 0
 
-    with mean and standard deviation of the leaf, and Q the quantile of |z| over the
+    with mean and standard deviation of the leaf, and Q the quantile of `|z|` over the
     whole tree. If nothing is left, d is g.
 
     Args:
@@ -269,7 +274,10 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
     def update(updates, params=None):
         del params
         z = jax.tree.map(z_score, trees.accumulator(updates))
-        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(z)])
+        if not jax.tree.leaves(z):
+            return updates
+        whole = trees.replicated(z)  # the quantile is that of all entries
+        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
             return updates
         threshold = jnp.quantile(flat, jnp.asarray(quantile, flat.dtype))
@@ -337,10 +345,25 @@ def random_leaves(
 
 def selection(mask: Any, params: optax.Params) -> Any:
     """A bool for every leaf of the params, from a prefix tree or a function."""
+
+    def spread(flag, part):
+        if not isinstance(flag, bool | np.bool):
+            raise TypeError(
+                "a mask must be a tree of bools like the params, or a prefix of one, "
+                f"got {flag!r} in it. Make one from names by "
+                "jax.tree_util.tree_map_with_path."
+            )
+        return jax.tree.map(lambda _: bool(flag), part)
+
     flags = mask(params) if callable(mask) else mask
-    return jax.tree.map(
-        lambda flag, part: jax.tree.map(lambda _: bool(flag), part), flags, params
-    )
+    try:
+        return jax.tree.map(spread, flags, params)
+    except ValueError as error:
+        raise ValueError(
+            "a mask must be a tree of bools like the params, or a prefix of one.\n"
+            f"  got:    {jax.tree.structure(flags)}\n"
+            f"  params: {jax.tree.structure(params)}"
+        ) from error
 
 
 def _matrices(params):

@@ -236,8 +236,9 @@ def renormalized() -> Descent:
     def combine(state, grads, count):
         del count
         g, g_r, _ = grads
-        size = trees.norm(g_r)
-        factor = jnp.where(size > 0, trees.norm(g) / jnp.where(size > 0, size, 1.0), 1)
+        size, length = trees.norm(g_r), trees.norm(g)
+        sane = (size > 0) & jnp.isfinite(size) & jnp.isfinite(length)
+        factor = jnp.where(sane, length / jnp.where(sane, size, 1.0), 1.0)
         return Combined(jax.tree.map(lambda x: factor * x, g_r), None, state)
 
     return Descent(_no_state, combine)
@@ -293,9 +294,13 @@ def reuse(period: int, alpha: optax.ScalarOrSchedule) -> Descent:
     def combine(state, grads, count):
         g, g_r, fresh = grads
         across = _orthogonal(g_r, g)
+        # What is left of parallel gradients is rounding, not a direction.
+        rounding = 100 * jnp.finfo(jnp.float32).eps * trees.norm(g_r)
+        across = trees.where(trees.norm(across) > rounding, across, _zeros(across))
         direction = trees.where(fresh, across, state.direction)
         size = trees.norm(direction)
         factor = jnp.where(size > 0, trees.norm(g) / jnp.where(size > 0, size, 1.0), 0)
+        factor = jnp.where(jnp.isfinite(factor), factor, 0.0)
         reused = _plus(g, at(alpha, count) * factor, direction)
         return Combined(trees.where(fresh, g_r, reused), None, ReuseState(direction))
 
@@ -347,7 +352,9 @@ def when_large(
         keep, square = at(decay, count), trees.vdot(g, g)
         mean = keep * state.mean + (1 - keep) * square
         variance = keep * state.variance + (1 - keep) * (square - mean) ** 2
-        return square, trees.cast_like(WhenLargeState(mean, variance), state)
+        after = trees.cast_like(WhenLargeState(mean, variance), state)
+        # One gradient whose square overflows is not to blind it for ever.
+        return square, trees.where(trees.all_finite(after), after, state)
 
     def wants_second(state, g, count):
         square, after = moved(state, g, count)
@@ -365,6 +372,10 @@ def _no_state(params):
     return ()
 
 
+def _zeros(tree):
+    return jax.tree.map(jnp.zeros_like, tree)
+
+
 def _plus(tree, factor, other):
     return jax.tree.map(lambda x, y: x + factor * y, tree, other)
 
@@ -372,7 +383,7 @@ def _plus(tree, factor, other):
 def _orthogonal(tree, to):
     """The part of a tree that is orthogonal to another; all of it if that is zero."""
     square = trees.vdot(to, to)
-    weight = jnp.where(
-        square > 0, trees.vdot(tree, to) / jnp.where(square > 0, square, 1.0), 0.0
-    )
+    sane = (square > 0) & jnp.isfinite(square)
+    weight = jnp.where(sane, trees.vdot(tree, to) / jnp.where(sane, square, 1.0), 0.0)
+    weight = jnp.where(jnp.isfinite(weight), weight, 0.0)
     return _plus(tree, -weight, to)

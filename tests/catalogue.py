@@ -68,6 +68,11 @@ class Method(NamedTuple):
     of_length: Callable[[int], dict[str, Any]] | None = lambda n: {"num_steps": n}
 
     @property
+    def tried(self) -> tuple[str, ...]:
+        """The modes that most tests try; `test_modes_agree` compares all of them."""
+        return self.modes[:1] if self.shares_engine else self.modes
+
+    @property
     def has_key(self) -> bool:
         """Whether it takes a PRNG key."""
         return "key" in self.arguments

@@ -12,6 +12,9 @@ from catalogue import METHODS
 from jax.sharding import AxisType, NamedSharding
 from problem import assert_close, update
 
+import optax_flat
+from optax_flat.training import make_train_step
+
 P = jax.P
 pytestmark = pytest.mark.skipif(
     jax.device_count() < 8, reason="needs eight devices, which conftest gives on CPU"
@@ -29,7 +32,7 @@ EXAMPLES = P(None, "data")  # of minibatches [length, examples, features]
 CASES = [
     pytest.param(method, mode, id=f"{method.name}-{mode}")
     for method in METHODS
-    for mode in method.modes
+    for mode in method.tried
 ]
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
@@ -204,3 +207,107 @@ def test_shards_with_a_key_each(method, mode):
     for points in (once - start, twice - once):
         rows = points.reshape(8, 16)
         assert len(np.unique(rows.round(6), axis=0)) == 8
+
+
+def local_gradient(params, batch):
+    """That of the examples on one device, in `jax.shard_map`, checked or not."""
+    return jax.grad(loss)(jax.lax.pcast(params, "data", to="varying"), batch)
+
+
+AVERAGE = optax.stateless(lambda grads, _: jax.lax.pmean(grads, "data"))
+SGD = optax.sgd(0.1, momentum=0.9)
+
+
+def by_hand(tx, check_vma, updates, grad_fn):
+    """Params after updates on all examples, which eight devices share by hand."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    def run(params, batch):
+        state = tx.init(params)
+        for _ in range(updates):
+            steps, state = tx.update(
+                local_gradient(params, batch), state, params,
+                grad_fn=lambda point, _: grad_fn(point, batch),
+            )  # fmt: skip
+            params = optax.apply_updates(params, steps)
+        return params
+
+    return run(params(), minibatches(1)[0])
+
+
+def by_jit(tx, updates=1, devices=8, kind="Auto", **arguments):
+    """Params and state after updates in `make_train_step`, and one more call."""
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType[kind],),
+                         devices=jax.devices()[:devices])  # fmt: skip
+    step = make_train_step(loss, tx, **arguments)
+    point = jax.device_put(params(), NamedSharding(mesh, P()))
+    batch = jax.device_put(minibatches(1)[0], NamedSharding(mesh, P("data")))
+    state = jax.jit(tx.init)(point)
+    for _ in range(updates):
+        point, state, _ = step(point, state, batch)
+    return point, state, (step, point, state, batch)
+
+
+every_check = pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+
+
+@every_check
+@pytest.mark.parametrize("name", ["sam", "gsam", "looksam", "ae_sam", "friendly_sam"])
+def test_global_perturbation_in_shard_map(name, check_vma):
+    """`pmean` as `inner_transform` averages both gradients: what one device gives."""
+    factory = getattr(optax_flat, name)
+    found = by_hand(
+        factory(SGD, rho=0.5, inner_transform=AVERAGE), check_vma, 3, local_gradient
+    )
+    expected, _, _ = by_jit(factory(SGD, rho=0.5), 3, devices=1)
+    assert_close(found, jax.device_get(expected), factor=10)
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@every_check
+def test_perturbation_per_device_is_a_group_per_device(check_vma, kind):
+    """m-SAM: `pmean` first in `outer`, or as many groups as devices under `jit`."""
+    tx = optax_flat.sam(optax.chain(AVERAGE, SGD), rho=0.5)
+    # The perturbed point is each device's own already: no pcast.
+    found = by_hand(tx, check_vma, 3, jax.grad(loss))
+    groups = optax_flat.sam(SGD, rho=0.5, num_groups=8)
+    grouped, _, _ = by_jit(groups, 3, kind=kind, num_groups=8)
+    assert_close(found, jax.device_get(grouped), factor=10)
+    whole, _, _ = by_jit(optax_flat.sam(SGD, rho=0.5), 3)
+    difference = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), found, whole)
+    assert max(jax.tree.leaves(difference)) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_groups_walk_without_the_others(hlo, kind):
+    """One all-reduce of the params' size per update, not one for each gradient."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params()))
+
+    def communicated(tx, **arguments):
+        *_, call = by_jit(tx, kind=kind, **arguments)
+        return hlo.total_bytes(hlo.costs(hlo.compiled(*call)))
+
+    groups = optax_flat.sam(SGD, rho=0.5, num_groups=8)
+    assert size <= communicated(groups, num_groups=8) < size + 64
+    assert 2 * size <= communicated(optax_flat.sam(SGD, rho=0.5)) < 2 * size + 64
+
+
+@pytest.mark.parametrize("name", ["looksam", "ae_sam"])
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_skipped_gradients_are_skipped_on_all_devices(name, mode):
+    tx = getattr(optax_flat, name)(optax.sgd(0.01), rho=0.1, mode=mode)
+    eight, state, _ = by_jit(tx, 9)
+    one, expected, _ = by_jit(tx, 9, devices=1)
+    assert_close(floats(jax.device_get((eight, state))), floats(jax.device_get(
+        (one, expected))), factor=10)  # fmt: skip
+    count = int(state.gradient_evaluations)
+    assert count == int(expected.gradient_evaluations)
+    assert 9 <= count < 18

@@ -292,3 +292,152 @@ def test_faults_of_optax_sam():
     poisoned = data.at[1, 1].set(jnp.nan)
     assert finite(run(ours, "transparent", poisoned, loss))
     assert not finite(run(theirs, "transparent", poisoned, loss))
+
+
+def test_momentum_sam_perturbs_along_the_coming_step():
+    """Some optimizers keep minus the learning rate in their momentum."""
+    outers = (
+        optax.sgd(1e-3, momentum=0.9),
+        optax.rmsprop(1e-3, momentum=0.9),
+        optax.chain(optax.scale(-1e-3), optax.trace(0.9)),
+        optax.adamw(1e-3),
+        optax.inject_hyperparams(optax.sgd)(1e-3, momentum=0.9),
+    )
+
+    def f(x):
+        return jnp.sum(jnp.array([3.0, 1.0]) * x**2) / 2
+
+    for outer in outers:
+        tx, x = optax_flat.momentum_sam(outer, rho=0.5), jnp.array([1.0, -2.0])
+        state = tx.init(x)
+        for _ in range(3):
+            updates, state = tx.update(jax.grad(f)(x), state, x)
+            x = optax.apply_updates(x, updates)
+        assert f(x) < f(optax_flat.eval_params(state, x)) - 0.5
+    with pytest.raises(ValueError, match="`outer` must keep a momentum"):
+        optax_flat.momentum_sam(optax.rmsprop(0.1)).init(x)
+
+
+def test_rounding_is_no_direction():
+    """Parallel gradients have no orthogonal part, a constant one nothing special."""
+    tx = optax_flat.looksam(optax.sgd(1.0), period=2)
+    grad_fn = jax.grad(lambda x, _: jnp.sum(x**2) / 2)
+    x = jax.random.normal(jax.random.key(0), [1000])
+    state = tx.init(x)
+    for _ in range(2):
+        g = grad_fn(x, 0)
+        updates, state = tx.update(g, state, x, grad_fn=grad_fn)
+    assert_close(updates, -g)
+    rule = optax.chain(ascent.friendly(), ascent.unit())
+    state = rule.init(x)
+    for t in range(5):
+        a, state = rule.update(x, state)
+        assert t == 0 or (a == 0).all()
+
+
+def test_huge_gradients_leave_no_nan():
+    grad_fn = jax.grad(lambda x, _: 1e25 * jnp.sum(jnp.cosh(x)))
+    clipped = optax.chain(optax.clip(1.0), optax.sgd(0.1))
+    for make in (
+        optax_flat.sam, optax_flat.gsam, optax_flat.looksam, optax_flat.stable_sam
+    ):  # fmt: skip
+        tx, x = make(clipped), jnp.array([1.0, -2.0])
+        state = tx.init(x)
+        for _ in range(2):
+            updates, state = tx.update(grad_fn(x, 0), state, x, grad_fn=grad_fn)
+        assert jnp.isfinite(updates).all()
+
+
+def test_one_spike_does_not_blind_the_threshold():
+    tx = optax_flat.ae_sam(optax.chain(optax.clip_by_global_norm(1.0), SGD))
+    params, state = ragged_params(), tx.init(ragged_params())
+    step = make_train_step(lambda p, b: b[1] * loss(p, b[0]), tx)
+    for t, batch in enumerate(batches(9, 1)[:, 0]):
+        params, state, _ = step(params, state, (batch, 1e20 if t == 5 else 1.0))
+    rule = state.memory.descent_state
+    assert 0 < rule.mean < 1e3
+    assert 0 < rule.variance < 1e6
+
+
+def test_threshold_decides_for_all_groups_together():
+    """On equal groups it takes the second gradients when it would without groups."""
+
+    def count(groups):
+        tx = optax_flat.ae_sam(SGD, num_groups=groups)
+        step = make_train_step(loss, tx, num_groups=groups)
+        params, state = ragged_params(), tx.init(ragged_params())
+        for batch in batches(20, 1)[:, 0]:
+            params, state, _ = step(params, state, jnp.concatenate([batch, batch]))
+        return int(state.gradient_evaluations)
+
+    assert 20 < count(1) == count(2) < 40
+
+
+def test_groups_have_keys_of_their_own():
+    """Dropout in two groups: with rho 0 the gradient shows which samples were kept."""
+
+    def dropped(params, batch, key):
+        kept = jax.random.bernoulli(key, 0.5, (len(batch),))
+        return jnp.mean(jnp.where(kept, batch @ params, 0)), jax.random.split(key)[0]
+
+    tx = optax_flat.sam(optax.sgd(1.0), rho=0.0, num_groups=2)
+    step = make_train_step(dropped, tx, num_groups=2, has_aux=True)
+    params, state, key = jnp.zeros(32), tx.init(jnp.zeros(32)), jax.random.key(0)
+    params, _, _, key = step(params, state, jnp.eye(32), key)
+    first, second = (params != 0).reshape(2, 16)
+    assert 0 < first.sum() < 16
+    assert (first != second).any()
+
+
+def test_num_groups_of_the_step_must_be_the_optimizers():
+    data = batches(1, 2)[0].reshape(10, 3)
+    for tx in (optax.sgd(0.1), optax.adam(0.1)):
+        step = make_train_step(loss, tx, num_groups=2)
+        with pytest.raises(ValueError, match="this optimizer does not merge groups"):
+            step(ragged_params(), tx.init(ragged_params()), data)
+    functional = optax_flat.functional_sam(SGD)
+    parts = {"output_fn": loss}
+    step = make_train_step(lambda z, b: z**2, functional, num_groups=2, **parts)
+    with pytest.raises(ValueError, match="makes no groups"):
+        step(ragged_params(), functional.init(ragged_params()), data)
+    steps = optax.MultiSteps(functional, 2)
+    step = make_train_step(lambda z, b: z**2, steps, **parts)
+    with pytest.raises(ValueError, match="optax.MultiSteps accumulates gradients"):
+        step(ragged_params(), steps.init(ragged_params()), data)
+
+
+@pytest.mark.parametrize("mask", ["norm", 0.5, {"layer": "w", "scale": True}])
+def test_a_mask_is_made_of_bools(mask):
+    with pytest.raises(TypeError, match="a mask must be a tree of bools like the par"):
+        perturbation(ascent.unit(), ragged_params(), ragged_params(), mask=mask)
+
+
+def test_one_gradient_walks_take_one_minibatch():
+    batch = batches(1, 1)[0, 0]
+    for tx in (
+        optax_flat.momentum_sam(SGD, rho=0.1),
+        optax_flat.ivon(0.1, ess=100.0, key=0),
+        optax_flat.ivon(0.1, ess=100.0, num_samples=3, key=0),
+    ):
+        params, state = ragged_params(), tx.init(ragged_params())
+        _, _, value = make_train_step(loss, tx)(params, state, batch)
+        assert_close(value, loss(params, batch))
+
+
+def test_eval_params_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        tx = optax_flat.momentum_sam(SGD, rho=0.1)
+        params = ragged_params(jnp.bfloat16)
+        evaluated = optax_flat.eval_params(tx.init(params), params)
+    assert_close(evaluated, params, jnp.bfloat16)
+
+
+@pytest.mark.parametrize("mask", [{}, {"layer": {"w": True}, "scale": True}])
+def test_a_mask_fits_the_params(mask):
+    for tx in (
+        optax_flat.sam(SGD, mask=mask),
+        optax_flat.asam(SGD, weights=mask, mode="transparent"),
+    ):
+        with pytest.raises(ValueError, match="a mask must be a tree of bools like"):
+            state = tx.init(ragged_params())
+            tx.update(ragged_params(), state, ragged_params())

@@ -105,7 +105,8 @@ class LoopArguments(TypedDict, total=False):
             None,
             "dtype of what the method keeps and adds up; None is at least float32. "
             "The params keep their own: in bfloat16 an outer update below their "
-            "spacing rounds away, as with any Optax optimizer.",
+            "spacing rounds away, as with any Optax optimizer; `master_weights` "
+            "keeps it.",
         ),
     ]
 
@@ -169,7 +170,8 @@ def _shared(signature):
 
 
 def _is_scheduled(parameter):
-    return parameter.annotation == optax.ScalarOrSchedule
+    kinds = (optax.ScalarOrSchedule, optax.ScalarOrSchedule | None)
+    return parameter.annotation in kinds
 
 
 def _documented(docstring, shared):

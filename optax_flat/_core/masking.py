@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import trees
+from optax_flat._core.functions import FUNCTIONS, translated
 from optax_flat._core.modes import with_extra_args
 
 
@@ -57,16 +58,7 @@ def masked(
     def init(params):
         return optax.MaskedState(inner.init(select(params, params)))
 
-    def update(
-        updates,
-        state,
-        params=None,
-        *,
-        grad_fn=None,
-        value_fn=None,
-        output_fn=None,
-        **extra_args,
-    ):
+    def update(updates, state, params=None, **extra_args):
         if params is None:
             raise ValueError(
                 "`params` must be passed to `update` of optax_flat.masked, got None: "
@@ -76,30 +68,15 @@ def masked(
         def whole(point):
             return trees.map_selected(lambda s, _: s, point, params)
 
-        functions = {}
-        if grad_fn is not None:
-
-            def selected_grad_fn(point, batch, *aux):
-                out = grad_fn(whole(point), batch, *aux)
-                if aux:
-                    return select(out[0], params), out[1]
-                return select(out, params)
-
-            functions["grad_fn"] = selected_grad_fn
-        if value_fn is not None:
-            functions["value_fn"] = lambda point: value_fn(whole(point))
-        if output_fn is not None:
-            functions["output_fn"] = lambda point: output_fn(whole(point))
-        for function in functions.values():
-            function.merges_frozen = True  # scanned methods refuse placeholders else
+        arguments = translated(extra_args, whole, lambda grads: select(grads, params))
+        for name in FUNCTIONS:
+            if arguments.get(name) is not None:
+                # Scanned methods refuse placeholders else.
+                arguments[name].merges_frozen = True
         # A method without gradients is given none.
         grads: Any = None if updates is None else select(updates, params)
         selected, inner_state = inner.update(
-            grads,
-            state.inner_state,
-            select(params, params),
-            **functions,
-            **extra_args,
+            grads, state.inner_state, select(params, params), **arguments
         )
         frozen = jax.tree.map(jnp.zeros_like, params)
         return (

@@ -191,6 +191,12 @@ def scanned(
     def grouped(function, *axes):
         return function if num_groups == 1 else jax.vmap(function, axes)
 
+    def of_groups(tree, grads):
+        """What each group has of its own, on the devices of its gradient."""
+        if num_groups == 1:
+            return tree
+        return trees.spread_like(tree, jax.tree.leaves(grads)[0])
+
     def init(params):
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
@@ -218,6 +224,7 @@ def scanned(
         memory = state.memory
         consume = functools.partial(walker.consume, memory)
         progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
+        progress = of_groups(progress, updates)
         taken: Any = 1
         batches = _check_batches(memory, batches, walk.length, num_groups)
         if walk.length > 1:
@@ -237,12 +244,13 @@ def scanned(
 
             def go_on(progress, aux, batch):
                 progress, aux = every(progress, aux, batch)
+                progress = of_groups(progress, updates)
                 return progress, trees.mean_of_groups(aux) if num_groups > 1 else aux
 
             if batches is None:
                 batches = jnp.arange(walk.length - 1)
             progress, _, taken = _loop(
-                _more_of(walk, memory, go_on, grouped),
+                _more_of(walk, memory, go_on, num_groups),
                 (progress, aux, jnp.ones([], jnp.int32)),
                 batches,
                 length=walk.length - 1,
@@ -349,12 +357,12 @@ def transparent(
         def move(memory, inner, finite, first_point, params):
             here = trees.cast_like(params, inner.point)
             target = trees.where(finite, inner.point, here)
-            return _difference(target, params), memory, jnp.zeros([], jnp.int32)
+            return difference(target, params), memory, jnp.zeros([], jnp.int32)
 
         def outer_update(memory, inner, finite, first_point, params):
             updates, memory, skipped = walker.finish(memory, inner, finite, first_point)
             target = optax.apply_updates(first_point, updates)
-            return _difference(target, params), memory, skipped
+            return difference(target, params), memory, skipped
 
         last = state.step == walk.length - 1
         if walk.ends is not None:
@@ -528,15 +536,22 @@ def build(
     return transparent(walk, **in_both)
 
 
-def _more_of(walk, memory, go_on, grouped):
+def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
+    """What to add to params to stand on the target, in the params' dtype."""
+    return jax.tree.map(
+        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
+    )
+
+
+def _more_of(walk, memory, go_on, num_groups):
     """The body of the loop over a walk's further gradients, while it wants any."""
 
     def body(carry, batch):
         progress, aux, taken = carry
         if walk.ends is None:
             return (*go_on(progress, aux, batch), taken + 1), None
-        ended = grouped(functools.partial(walk.ends, memory), 0)(progress[0])
-        ended = jnp.all(ended)  # of the groups
+        inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
+        ended = walk.ends(memory, inner)  # of all groups together
         progress, aux = _either(ended, _stay, go_on, progress, aux, batch)
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
@@ -679,13 +694,6 @@ def _anchor(memory, first_point):
     anchor, offset = first_point, getattr(memory, "offset", None)
     if offset is not None:
         anchor = trees.map_selected(
-            lambda o, p: (p + o).astype(p.dtype), offset, first_point
+            lambda o, p: (p.astype(o.dtype) + o).astype(p.dtype), offset, first_point
         )
     return evaluated(memory, anchor)  # the walk's outer optimizer may know better
-
-
-def _difference(target, params):
-    """What to add to params to stand on the target, in the params' dtype."""
-    return jax.tree.map(
-        lambda t, p: (t - p.astype(t.dtype)).astype(p.dtype), target, params
-    )

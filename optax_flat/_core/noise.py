@@ -20,6 +20,7 @@ leaves take consecutive ones: no word repeats among 2^32; larger trees take a ne
 
   whose distribution function is right to 4e-5, whose variance is 1 and whose fourth
   moment is 3 - 2e-5; |z| < 5.4.
+* `uniform`: the word's first 24 bits, a number in [0, 1). It rounds; it is no noise.
 """
 
 import functools
@@ -48,10 +49,12 @@ _SCALE, _A, _B = 1.3696791, 1.8892610, 8.3269999
 def draw(key: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     """Independent draws with mean 0 and standard deviation `scale`.
 
+    The uniform ones lie in [0, scale).
+
     Args:
       key: one typed PRNG key.
       like: a tree of floating-point arrays, for shapes, dtypes and explicit shardings.
-      kind: "normal" or "rademacher".
+      kind: "normal", "rademacher" or "uniform".
       scale: a scalar.
 
     Returns:
@@ -84,7 +87,7 @@ def next_seed(seed: jax.Array) -> jax.Array:
 def draw_from(seed: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     """The draws of a seed, see `draw`."""
     leaves, structure = jax.tree.flatten(like)
-    scale = scale * {"normal": _SCALE, "rademacher": 1.0}[kind]
+    scale = scale * {"normal": _SCALE, "rademacher": 1.0, "uniform": 2.0**-24}[kind]
     draws = [
         _draw_leaf(
             seed + first, seed[1] + block, jnp.asarray(scale, leaf.dtype),
@@ -148,6 +151,9 @@ def _draw_leaf(first, block, scale, *, shape, dtype, sharding, kind):
     words = jax.lax.bitcast_convert_type(_mix(low, high), jnp.int32)
     if kind == "rademacher":
         return jnp.where(words < 0, -scale, scale)
+    if kind == "uniform":
+        first = jax.lax.shift_right_logical(words, jnp.full_like(words, 8))
+        return first.astype(dtype) * scale
     return _normal(words).astype(dtype) * scale
 
 

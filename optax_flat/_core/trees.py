@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
+from jax.sharding import NamedSharding
 
 
 def is_key(leaf: Any) -> bool:
@@ -50,7 +52,13 @@ def rounded_like(tree: Any, like: Any) -> Any:
         ours, theirs = jnp.finfo(leaf.dtype), jnp.finfo(partner.dtype)
         if ours.bits <= theirs.bits:
             return leaf
-        return jax.lax.reduce_precision(leaf, theirs.nexp, theirs.nmant)
+        short = jax.lax.reduce_precision(leaf, theirs.nexp, theirs.nmant)
+        if theirs.nexp == ours.nexp:
+            return short
+        # It makes zeros of subnormals, which a cast to float16 does not.
+        smallest = np.asarray(theirs.smallest_subnormal, leaf.dtype)
+        subnormal = jnp.round(leaf / smallest) * smallest
+        return jnp.where(jnp.abs(leaf) < float(theirs.tiny), subnormal, short)
 
     return jax.tree.map(rounded, tree, like)
 
@@ -137,11 +145,31 @@ def replicated(tree: Any) -> Any:
     """
 
     def gather(leaf):
-        if not any(jax.typeof(leaf).sharding.spec):
+        there = jax.typeof(leaf).sharding
+        if not any(there.spec):
             return leaf
-        return jax.sharding.reshard(leaf, jax.P())
+        return jax.sharding.reshard(leaf, NamedSharding(there.mesh, jax.P()))
 
     return jax.tree.map(gather, tree)
+
+
+def spread_like(tree: Any, like: Any) -> Any:
+    """Every leaf's leading axis on the devices of that of `like`, an array.
+
+    On an Explicit mesh, that is, as with `replicated`. Of what one `jax.vmap` makes the
+    parts that depend on nothing mapped are whole everywhere, and another refuses them.
+    """
+    there = jax.typeof(like).sharding
+    axis = there.spec[:1]
+
+    def spread(leaf):
+        spec = jax.typeof(leaf).sharding.spec
+        if not any(axis) or spec[:1] == axis:
+            return leaf
+        on_axis = NamedSharding(there.mesh, jax.P(*axis, *spec[1:]))
+        return jax.sharding.reshard(leaf, on_axis)
+
+    return jax.tree.map(spread, tree)
 
 
 def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
@@ -154,7 +182,7 @@ def mean_of_groups(tree: Any) -> Any:
 
     def merge(leaf):
         if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-            return leaf[0]
+            return replicated(leaf)[0]
         return jnp.mean(leaf, axis=0)
 
     return jax.tree.map(merge, tree)

@@ -38,6 +38,8 @@ class BSAMArguments(LoopArguments, KeyArgument):
 class BSAMState(NamedTuple):
     """What lives between outer updates; the trees have at least float32."""
 
+    one_minibatch = True  # all draws may share it; `make_train_step` reads this
+
     count: jax.Array  # int32, [], outer updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     mu: optax.Updates  # running mean of g_r + weight_decay w, not debiased
@@ -95,6 +97,7 @@ def bsam(
     An update takes two gradients per shard, both on the shard's minibatch: the first
     at the shard's noisy point, the second at its perturbed one. Give them in this
     order, each minibatch twice: shard 1, shard 1, shard 2, shard 2, ...
+    `make_train_step` takes one minibatch, for all of them.
 
     The params stand on the first noisy point, in both modes; `eval_params` gives w, and
     `sample_params` draws from the posterior. Nothing may alter the updates behind this

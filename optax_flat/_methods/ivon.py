@@ -37,6 +37,8 @@ class IVONArguments(LoopArguments, KeyArgument):
 class IVONState(NamedTuple):
     """What lives between outer updates; the trees have at least float32."""
 
+    one_minibatch = True  # all draws may share it; `make_train_step` reads this
+
     count: jax.Array  # int32, [], outer updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     mu: optax.Updates  # running mean of g, not debiased

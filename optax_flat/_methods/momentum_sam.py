@@ -3,9 +3,9 @@ r"""Momentum-SAM: sharpness-aware minimization with one gradient per update.
     wt = w - rho v / ||v||,    v: the outer optimizer's momentum
     w  <- outer optimizer(grad f(wt))
 
-The momentum is known before the gradient is, and its negative is a direction in which
-the loss rises. The params stand on wt, where the gradient is wanted; `eval_params`
-gives w.
+The direction is that of the coming step, which is known before the gradient is; where
+momentum carries the params across a valley and up its wall, it leads uphill. The params
+stand on wt, where the gradient is wanted; `eval_params` gives w.
 
 Paper: Becker, Altrock and Risse, arXiv 2401.12033. Code: MarlonBecker/MSAM.
 """
@@ -25,6 +25,8 @@ from optax_flat._core.walk import Walk
 
 class MomentumSAMState(NamedTuple):
     """What lives between updates."""
+
+    one_minibatch = True  # there is but one gradient; `make_train_step` reads this
 
     count: jax.Array  # int32, [], updates made
     outer_state: optax.OptState
@@ -119,8 +121,11 @@ def momentum_sam(
         steps, outer_state = outer.update(inner.gradient, memory.outer_state, w)
         w = optax.tree.add(w, steps)
         count = jnp.asarray(optax.safe_increment(memory.count))
-        along, _ = ascent.unit().update(_momentum(outer_state, w), optax.EmptyState())
-        radius = at(rho, count)
+        momentum = _momentum(outer_state, w)
+        along, _ = ascent.unit().update(momentum, optax.EmptyState())
+        # Along the step; some optimizers keep minus the momentum.
+        sign = jnp.where(trees.vdot(momentum, steps) > 0, -1.0, 1.0)
+        radius = sign * at(rho, count)
         there = jax.tree.map(lambda w, a: w - radius * a, w, along)
         updates, there = trees.steps_to(there, params)
         offset = optax.tree.sub(w, there)
@@ -131,11 +136,15 @@ def momentum_sam(
 
 def _momentum(outer_state: optax.OptState, params: optax.Params) -> Any:
     """The tree of the outer optimizer's state that is its momentum."""
-    structure = jax.tree.structure(params)
+
+    def kind(tree):
+        return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
     def buffers(node):
+        if not hasattr(node, "_fields"):  # an array has a method `trace`
+            return []
         fields = (getattr(node, name, None) for name in ("trace", "mu"))
-        return [field for field in fields if jax.tree.structure(field) == structure]
+        return [field for field in fields if kind(field) == kind(params)]
 
     nodes = jax.tree.leaves(outer_state, is_leaf=lambda x: bool(buffers(x)))
     found = [buffer for node in nodes for buffer in buffers(node)]

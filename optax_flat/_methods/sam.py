@@ -43,7 +43,9 @@ class _OwnArguments(TypedDict, total=False):
             "m-SAM, scanned mode only: into how many groups every minibatch is split, "
             "each with a perturbation of its own; see `optax_flat.scanned` and "
             "``make_train_step(..., num_groups=...)``. Smaller groups generalize "
-            "better, say the papers.",
+            "better, say the papers. Nothing may stand in front of this method in a "
+            "chain then, for it would see the groups' gradients stacked: use "
+            "`inner_transform` and `outer`.",
         ),
     ]
 
@@ -89,8 +91,8 @@ def sam(
         w \leftarrow \mathrm{Outer}(g_r)
 
     with :math:`\rho` = `rho`. One update costs two gradients, *both on the same
-    minibatch*: `make_train_step` takes one minibatch and sees to it. By hand, in
-    scanned mode::
+    minibatch*: `make_train_step` takes one minibatch, not a stack of two, and sees to
+    it. By hand, in scanned mode::
 
         grad_fn = lambda params, _: jax.grad(loss)(params, batch)
         tx.update(grads, state, params, grad_fn=grad_fn)
@@ -156,6 +158,7 @@ def sam(
 def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
     def init(params):
         w = trees.accumulator(params, accumulator_dtype)
+        _selected(w, mask, w)  # raises where the mask does not fit
         count = jnp.zeros([], jnp.int32)
         return SAMState(count, outer.init(w), ascent.init(w), descent.init(w))
 

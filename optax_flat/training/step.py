@@ -108,6 +108,13 @@ def make_train_step(
     value_and_grad = jax.value_and_grad(loss_and_aux, has_aux=True)
     first_gradient = _of_groups(value_and_grad, num_groups)
 
+    def grad_fn(point, batch, aux=None):
+        if num_groups > 1:
+            batch, group = batch
+            aux = _fork_keys(aux, group)
+        (_, aux), grads = value_and_grad(point, batch, aux)
+        return (grads, aux) if has_aux else grads
+
     def forward(params, opt_state, batch):
         model = output_fn
         if model is None:
@@ -132,10 +139,13 @@ def make_train_step(
         is_scanned = bool(modes.states(opt_state, modes.ScannedState))
         _check_mode(mode, is_scanned)
         if modes.states(opt_state, modes.ForwardOnly):
+            _check_forward(tx, num_groups)
             return forward(params, opt_state, batches)
-        batch, others = batches, None
-        if is_scanned:
-            batch, others = _first_and_others(batches, walks[0].memory)
+        batch, others = (
+            _first_and_others(batches, walks[0].memory)
+            if is_scanned
+            else (batches, None)
+        )
         # In transparent mode a pass may be inside a walk: it is given keys of its own,
         # and what it makes of aux is dropped.
         inside = jnp.array(False)
@@ -154,16 +164,12 @@ def make_train_step(
             "value_fn": lambda p: loss_and_aux(p, batch, given)[0],
         }
         if is_scanned:
-
-            def grad_fn(point, batch, aux=None):
-                (_, aux), grads = value_and_grad(point, batch, aux)
-                return (grads, aux) if has_aux else grads
-
             extra_args["grad_fn"] = grad_fn
-            extra_args["batches"] = _in_groups(others, num_groups, axis=1)
+            extra_args["batches"] = _of_all_groups(others, num_groups)
             count = walks[0].gradient_evaluations + 1
             extra_args["aux"] = _fork_keys(new_aux, count)
         updates, opt_state = optimizer.update(grads, opt_state, params, **extra_args)
+        _check_updates(updates, params, num_groups)
         params = optax.apply_updates(params, updates)
         return (params, opt_state, loss) + ((new_aux,) if has_aux else ())
 
@@ -177,17 +183,27 @@ def _of_groups(value_and_grad, num_groups):
 
     def of_groups(params, batch, aux):
         groups = _in_groups(batch, num_groups, axis=0)
-        of_each = jax.vmap(value_and_grad, (None, 0, None))
-        means, grads = of_each(params, groups, aux)
+
+        def of_one(batch, group):
+            return value_and_grad(params, batch, _fork_keys(aux, group))
+
+        means, grads = jax.vmap(of_one)(groups, jnp.arange(num_groups))
         return trees.mean_of_groups(means), grads
 
     return of_groups
 
 
-def _in_groups(batches, num_groups, axis):
-    """The samples along an axis as [groups, samples of a group], if there are many."""
+def _of_all_groups(batches, num_groups):
+    """Stacked minibatches in groups, each with its number, by which its keys differ."""
     if num_groups == 1:
         return batches
+    groups = _in_groups(batches, num_groups, axis=1)
+    length = len(jax.tree.leaves(groups)[0])
+    return groups, jnp.broadcast_to(jnp.arange(num_groups), (length, num_groups))
+
+
+def _in_groups(batches, num_groups, axis):
+    """The samples along an axis as [groups, samples of a group]."""
 
     def split(leaf):
         shape = jnp.shape(leaf)
@@ -202,6 +218,36 @@ def _in_groups(batches, num_groups, axis):
         return jnp.reshape(leaf, (*shape[:axis], *groups, *shape[axis + 1 :]))
 
     return jax.tree.map(split, batches)
+
+
+def _check_forward(tx, num_groups):
+    """What a method that evaluates the model itself cannot do."""
+    if isinstance(tx, optax.MultiSteps):
+        raise ValueError(
+            "optax.MultiSteps accumulates gradients, but this optimizer takes the "
+            "outputs of the model, and would see those of the last minibatch only. "
+            "Give it larger minibatches, or a loss that runs over several."
+        )
+    if num_groups > 1:
+        raise ValueError(
+            f"`num_groups` is {num_groups}, but this optimizer takes the outputs of "
+            "the model and makes no groups. Leave `num_groups` out."
+        )
+
+
+def _check_updates(updates, params, num_groups):
+    """An optimizer without groups makes an update of every group's gradient."""
+    shapes, wanted = (
+        [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
+        for tree in (updates, params)
+    )
+    if num_groups > 1 and shapes != wanted:
+        raise ValueError(
+            f"`num_groups` is {num_groups}, but this optimizer does not merge groups: "
+            "its updates have not the shapes of the params. Build it with "
+            f"num_groups={num_groups} (optax_flat.sam and its family), or leave "
+            "`num_groups` out."
+        )
 
 
 def _check_mode(mode, is_scanned):
