@@ -144,7 +144,7 @@ def ivon(rate, updates, key):
     )  # fmt: skip
 
 
-def around_sgd(method: Callable[..., Any], **settings: float):
+def around_sgd(method: Callable[..., Any], **settings: Any):
     """A method around SGD with momentum."""
     return lambda rate, *_: method(optax.sgd(rate, 0.9), **settings)
 
@@ -162,7 +162,9 @@ METHODS = {
     "sam": Method(around_sgd(optax_flat.sam, rho=0.05), 0.1, 2),
     "asam": Method(around_sgd(optax_flat.asam, rho=0.5), 0.1, 2),
     "gsam": Method(around_sgd(optax_flat.gsam, rho=0.05, alpha=0.4), 0.1, 2),
-    "momentum_sam": Method(around_sgd(optax_flat.momentum_sam, rho=0.3), 0.1),
+    "momentum_sam": Method(
+        around_sgd(optax_flat.momentum_sam, rho=0.3, mode="transparent"), 0.1
+    ),
     "swa": Method(swa, 0.1, falls=False),
     "ivon": Method(ivon, 0.2),
 }
