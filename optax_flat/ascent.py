@@ -222,7 +222,7 @@ def friendly(
         grads = trees.cast_like(updates, state.mu)
         d = jax.tree.map(lambda g, m: jnp.where(first, g, g - s * m), grads, state.mu)
         # What is left of a gradient that is its mean is rounding, not a direction.
-        rounding = 100 * jnp.finfo(jnp.float32).eps * trees.norm(grads)
+        rounding = 100 * float(jnp.finfo(jnp.float32).eps) * trees.norm(grads)
         nothing = jax.tree.map(jnp.zeros_like, d)
         d = trees.where(trees.norm(d) > rounding, d, nothing)
         mu = jax.tree.map(

@@ -295,7 +295,7 @@ def reuse(period: int, alpha: optax.ScalarOrSchedule) -> Descent:
         g, g_r, fresh = grads
         across = _orthogonal(g_r, g)
         # What is left of parallel gradients is rounding, not a direction.
-        rounding = 100 * jnp.finfo(jnp.float32).eps * trees.norm(g_r)
+        rounding = 100 * float(jnp.finfo(jnp.float32).eps) * trees.norm(g_r)
         across = trees.where(trees.norm(across) > rounding, across, _zeros(across))
         direction = trees.where(fresh, across, state.direction)
         size = trees.norm(direction)

@@ -32,17 +32,11 @@ CASES = [
     for mode in method.tried
 ]
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
-walk_case = pytest.mark.parametrize(
-    ("method", "mode"), [case for case in CASES if case.values[1] in WALK_MODES]
-)
-gradient_case = pytest.mark.parametrize(
-    ("method", "mode"), [case for case in CASES if case.values[1] != "forward"]
-)
 key_case = pytest.mark.parametrize(
     ("method", "mode"), [case for case in CASES if case.values[0].has_key]
 )
 # What cannot differ between methods of one engine is tested for a few of them.
-engine_case, engine_walk_case, engine_transparent_case = (
+engine_case, engine_gradient_case, engine_walk_case, engine_transparent_case = (
     pytest.mark.parametrize(
         ("method", "mode"),
         [
@@ -51,12 +45,14 @@ engine_case, engine_walk_case, engine_transparent_case = (
             if case.values[1] in modes and not case.values[0].shares_engine
         ],
     )
-    for modes in ((*WALK_MODES, "plain", "forward"), WALK_MODES, WALK_MODES[1:])
+    for modes in (
+        (*WALK_MODES, "plain", "forward"),
+        (*WALK_MODES, "plain"),
+        WALK_MODES,
+        WALK_MODES[1:],
+    )
 )
 every_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-every_walk = pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.modes == WALK_MODES], ids=lambda m: m.name
-)
 
 
 def specs(tree):
@@ -331,7 +327,7 @@ def test_abstract_init(method, mode):
     assert specs(tx.init(abstract)) == specs(tx.init(params))
 
 
-@every_case
+@engine_case
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_state_types_stable(method, mode, dtype):
     tx = method.make(mode=mode, **method.noisy)
@@ -375,7 +371,7 @@ def test_donation(method, mode):
 MASK = {"layer": {"w": True, "b": False}, "scale": True}
 
 
-@every_case
+@engine_case
 def test_frozen_leaves_bit_equal(method, mode):
     tx = optax_flat.masked(method.make(mode=mode), MASK)
     start = ragged_params()
@@ -446,8 +442,18 @@ def _wrappers(tx):
     }
 
 
-@engine_transparent_case
-@pytest.mark.parametrize("wrapper", list(_wrappers(optax.sgd(0.1))))
+@pytest.mark.parametrize(
+    ("method", "mode", "wrapper"),
+    [
+        pytest.param(*case.values, wrapper, id=f"{case.id}-{wrapper}")
+        for case in CASES
+        if case.values[1] == "transparent"
+        for wrapper in _wrappers(optax.sgd(0.1))
+        # A wrapper does not see which method it holds.
+        if wrapper == "chain"
+        or case.values[0].name in {"entropy_sgd", "looksam", "ivon"}
+    ],
+)
 def test_eval_params(method, mode, wrapper):
     """The anchor, inside every wrapper and at every moment of the walk."""
     tx = _wrappers(method.make(mode=mode))[wrapper]
@@ -485,7 +491,7 @@ def _equal(a, b):
     return largest_difference(a, b) == 0
 
 
-@gradient_case
+@engine_gradient_case
 def test_multi_steps_outermost(method, mode):
     """Two equal micro-batches are one minibatch; the inner loop is paid for each."""
     data = batches(2, method.length)
@@ -528,7 +534,7 @@ def test_zero_gradient_is_finite(method, mode):
     assert all(jnp.isfinite(leaf).all() for leaf in floats)
 
 
-@gradient_case
+@engine_gradient_case
 def test_wraps_in_apply_if_finite(method, mode):
     """A NaN gradient given from outside leaves params and state as they were."""
     dtype = jnp.bfloat16  # updates must have the dtype of the gradients
@@ -553,7 +559,7 @@ def test_wraps_in_apply_if_finite(method, mode):
     assert_equal(recovered.params, train(tx, mode, params, data[1:], state).params)
 
 
-@walk_case
+@engine_walk_case
 def test_nonfinite_skipped_and_counted(method, mode):
     """NaN or infinity anywhere in a walk: no update, nothing poisoned, one counted."""
     tx = method.make(mode=mode, skip_nonfinite=True, **method.noisy)
@@ -669,10 +675,18 @@ INNER_TRANSFORMS = {
 }
 
 
-@every_walk
 @pytest.mark.parametrize(
-    ("inner", "dtype"),
-    [*((name, jnp.float32) for name in INNER_TRANSFORMS), ("clip", jnp.bfloat16)],
+    ("method", "inner", "dtype"),
+    [
+        pytest.param(m, inner, dtype, id=f"{inner}-{dtype.__name__}-{m.name}")
+        for m in METHODS
+        if m.modes == WALK_MODES
+        for inner, dtype in [
+            *((name, jnp.float32) for name in INNER_TRANSFORMS),
+            ("clip", jnp.bfloat16),
+        ]
+        if not m.shares_engine or (inner, dtype) == ("clip", jnp.float32)
+    ],
 )
 def test_modes_agree(method, inner, dtype):
     data = batches(4, method.length, dtype)
@@ -761,7 +775,7 @@ def test_program_size_does_not_grow(method):
     assert size(60) < 1.02 * size(6)
 
 
-@every_case
+@engine_case
 def test_resume_bit_exact(method, mode, tmp_path):
     """Any tool saves, in mid-walk and while a schedule moves, and the run goes on."""
     schedules = {

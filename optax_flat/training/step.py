@@ -187,7 +187,7 @@ def _of_groups(value_and_grad, num_groups):
         def of_one(batch, group):
             return value_and_grad(params, batch, _fork_keys(aux, group))
 
-        means, grads = jax.vmap(of_one)(groups, jnp.arange(num_groups))
+        means, grads = jax.vmap(of_one)(groups, _numbers(groups, num_groups))
         return trees.mean_of_groups(means), grads
 
     return of_groups
@@ -199,7 +199,13 @@ def _of_all_groups(batches, num_groups):
         return batches
     groups = _in_groups(batches, num_groups, axis=1)
     length = len(jax.tree.leaves(groups)[0])
-    return groups, jnp.broadcast_to(jnp.arange(num_groups), (length, num_groups))
+    numbers = _numbers(jax.tree.map(lambda x: x[0], groups), num_groups)
+    return groups, jnp.stack([numbers] * length)
+
+
+def _numbers(groups, num_groups):
+    """The number of each group, on its devices."""
+    return trees.spread_like(jnp.arange(num_groups), jax.tree.leaves(groups)[0])
 
 
 def _in_groups(batches, num_groups, axis):
