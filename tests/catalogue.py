@@ -59,8 +59,8 @@ class Method(NamedTuple):
     ends_early: bool = False
     # Gradients per update with the arguments `off`; all on one minibatch.
     off_length: int = 1
-    # Whether it is a pair of rules for `sam`, and so of the engine that `sam`,
-    # `friendly_sam` (whose rule has a state) and `looksam` (which skips) are tested of.
+    # Whether another method runs the same engine, which is tested there: `entropy_sgd`,
+    # `sgld`, `swa`; `sam`, `friendly_sam` (whose rule has a state), `looksam` (skips).
     shares_engine: bool = False
     # Whether its closed form and limits are of `eval_params`, not of the params.
     evaluated: bool = False
@@ -702,6 +702,7 @@ METHODS = [
     ),
     Method(
         name="local_entropy",
+        shares_engine=True,
         arguments={
             "outer": optax.rmsprop(0.1, eps=1e-3),
             "num_steps": 4,
@@ -747,6 +748,7 @@ METHODS = [
     ),
     Method(
         name="entropy_adam",
+        shares_engine=True,
         arguments={"learning_rate": 0.05, "num_steps": 4, "noise": 0.0, "key": 0},
         floats=LOCAL_ENTROPY_FLOATS
         | {"learning_rate": 0.02, "b1": 0.8, "b2": 0.95, "eps": 1e-3},
@@ -862,6 +864,7 @@ METHODS = [
     ),
     Method(
         name="add_langevin_noise",
+        shares_engine=True,
         arguments={"step_size": 0.1, "temperature": 0.02, "key": 0},
         floats={"step_size": 0.3, "temperature": 0.1},
         noisy={"temperature": 0.05, "noise_kind": "rademacher"},
@@ -1349,6 +1352,7 @@ METHODS = [
     ),
     Method(
         name="ema_weights",
+        shares_engine=True,
         arguments={"inner": optax.sgd(0.1), "decay": 0.5},
         floats={"decay": 0.8},
         off={"decay": 0.0},

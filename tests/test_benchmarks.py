@@ -73,7 +73,17 @@ def numbers(row):
             yield value
 
 
-@pytest.mark.parametrize("script", METHODS)
+# Each script in `make test-all`; here those that show most of the common mechanism.
+QUICK = ("update_time", "label_noise", "flat_study", "sam_time", "step_time", "scaling")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=[] if script in QUICK else pytest.mark.slow)
+        for script in METHODS
+    ],
+)
 def test_runs_and_resumes(script, tmp_path):
     methods = METHODS[script]
     named = ROWS.get(script, "{}")

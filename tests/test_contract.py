@@ -27,22 +27,30 @@ import optax_flat
 from optax_flat._core.modes import states
 
 CASES = [
-    pytest.param(method, mode, id=f"{method.name}-{mode}")
+    pytest.param(
+        method, mode, id=f"{method.name}-{mode}",
+        marks=[] if mode in method.tried else pytest.mark.slow,
+    )
     for method in METHODS
-    for mode in method.tried
-]
+    for mode in method.modes
+]  # fmt: skip
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 key_case = pytest.mark.parametrize(
     ("method", "mode"), [case for case in CASES if case.values[0].has_key]
 )
-# What cannot differ between methods of one engine is tested for a few of them.
+# What cannot differ between methods of one engine is tested for a few of them, and for
+# all by `make test-all`.
 engine_case, engine_gradient_case, engine_walk_case, engine_transparent_case = (
     pytest.mark.parametrize(
         ("method", "mode"),
         [
-            case
+            pytest.param(
+                *case.values,
+                id=case.id,
+                marks=pytest.mark.slow if case.values[0].shares_engine else [],
+            )
             for case in CASES
-            if case.values[1] in modes and not case.values[0].shares_engine
+            if case.values[1] in modes
         ],
     )
     for modes in (
@@ -176,6 +184,7 @@ def test_accepts_extra_args(method, mode):
     )
 
 
+@pytest.mark.slow  # the next test compares schedules with floats, too
 @every_case
 def test_float_or_schedule(method, mode):
     """All floats as constant schedules are all floats."""
@@ -391,6 +400,7 @@ def test_frozen_leaves_bit_equal(method, mode):
     assert_close(run.params["layer"]["w"], alone.params["layer"]["w"])
 
 
+@pytest.mark.slow
 @engine_case
 def test_frozen_leaves_nested(method, mode):
     inner = optax_flat.masked(
@@ -445,13 +455,19 @@ def _wrappers(tx):
 @pytest.mark.parametrize(
     ("method", "mode", "wrapper"),
     [
-        pytest.param(*case.values, wrapper, id=f"{case.id}-{wrapper}")
+        pytest.param(
+            *case.values,
+            wrapper,
+            id=f"{case.id}-{wrapper}",
+            # A wrapper does not see which method it holds.
+            marks=pytest.mark.slow
+            if wrapper != "chain"
+            and case.values[0].name not in {"entropy_sgd", "looksam", "ivon"}
+            else [],
+        )
         for case in CASES
         if case.values[1] == "transparent"
         for wrapper in _wrappers(optax.sgd(0.1))
-        # A wrapper does not see which method it holds.
-        if wrapper == "chain"
-        or case.values[0].name in {"entropy_sgd", "looksam", "ivon"}
     ],
 )
 def test_eval_params(method, mode, wrapper):
@@ -678,14 +694,23 @@ INNER_TRANSFORMS = {
 @pytest.mark.parametrize(
     ("method", "inner", "dtype"),
     [
-        pytest.param(m, inner, dtype, id=f"{inner}-{dtype.__name__}-{m.name}")
+        pytest.param(
+            m,
+            inner,
+            dtype,
+            id=f"{inner}-{dtype.__name__}-{m.name}",
+            marks=pytest.mark.slow
+            if (m.shares_engine and (inner, dtype) != ("clip", jnp.float32))
+            or inner == "none"
+            or (dtype == jnp.bfloat16 and m.name not in {"sam", "entropy_sgd", "ivon"})
+            else [],
+        )
         for m in METHODS
         if m.modes == WALK_MODES
         for inner, dtype in [
             *((name, jnp.float32) for name in INNER_TRANSFORMS),
             ("clip", jnp.bfloat16),
         ]
-        if not m.shares_engine or (inner, dtype) == ("clip", jnp.float32)
     ],
 )
 def test_modes_agree(method, inner, dtype):
@@ -791,7 +816,8 @@ def test_resume_bit_exact(method, mode, tmp_path):
     straight = train(tx, mode, ragged_params(), data)
     saved = train(tx, mode, ragged_params(), data[:half])[:2]
     fresh = (ragged_params(), tx.init(ragged_params()))
-    for through in SAVERS:
+    # They save the same kinds of leaves in both modes.
+    for through in SAVERS if mode != "scanned" else SAVERS[:1]:
         restored = through(saved, fresh, tmp_path)
         assert_equal(restored, saved)
         params, state = restored

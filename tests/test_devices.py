@@ -30,12 +30,17 @@ SPECS = {
 }
 EXAMPLES = P(None, "data")  # of minibatches [length, examples, features]
 CASES = [
-    pytest.param(method, mode, id=f"{method.name}-{mode}")
+    pytest.param(
+        method, mode, id=f"{method.name}-{mode}",
+        # Of the pairs of rules only ZSharp looks at all leaves in more than a norm.
+        marks=pytest.mark.slow
+        if method.shares_engine and method.name != "zsharp"
+        else [],
+    )
     for method in METHODS
-    # Of the pairs of rules only this one looks at all leaves in more than a norm.
-    if not method.shares_engine or method.name == "zsharp"
-    for mode in method.tried
-]
+    for mode in method.modes
+]  # fmt: skip
+SLOW = pytest.mark.slow
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
     ("method", "mode"),
@@ -155,7 +160,10 @@ def averaged(loss, axis):
 
 
 @every_case
-@pytest.mark.parametrize("check_vma", [True, False], ids=["vma", "no_vma"])
+@pytest.mark.parametrize(
+    "check_vma",
+    [pytest.param(True, id="vma"), pytest.param(False, id="no_vma", marks=SLOW)],
+)
 def test_shard_map(method, mode, check_vma):
     """Examples spread by hand, gradients averaged, everything else on all devices."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -58,6 +58,7 @@ def assert_same(found, expected):
             )
 
 
+@pytest.mark.slow
 def test_two_processes(example, tmp_path):
     """A killed process ends the other; both resume, here and on eight devices."""
     codes, said = start(tmp_path, "--die-after", SURVIVED)

@@ -10,7 +10,11 @@ from hypothesis import HealthCheck, given, settings
 
 
 @pytest.mark.parametrize(
-    "method", [m for m in METHODS if not m.shares_engine], ids=lambda m: m.name
+    "method",
+    [
+        pytest.param(m, id=m.name, marks=pytest.mark.slow if m.shares_engine else [])
+        for m in METHODS
+    ],
 )
 def test_finite_or_refused(method):
     @settings(

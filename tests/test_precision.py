@@ -31,14 +31,14 @@ BF16 = jnp.bfloat16
 HALVES = [jnp.bfloat16, jnp.float16]
 # Walks, samplers, averages, params that stand elsewhere, and no gradients at all.
 NAMES = {
-    "entropy_sgd", "sam", "looksam", "momentum_sam", "multipoint_nesterov", "parle",
-    "sghmc", "ema_weights", "adagrad", "ensemble_kalman",
+    "entropy_sgd", "sam", "momentum_sam", "sghmc", "ema_weights", "adagrad",
+    "ensemble_kalman",
 }  # fmt: skip
 CASES = [
     pytest.param(method, mode, id=f"{method.name}-{mode}")
     for method in METHODS
     if method.name in NAMES
-    for mode in method.tried
+    for mode in method.modes
 ]
 case = pytest.mark.parametrize(
     ("method", "mode"), [c for c in CASES if c.values[0].name in NAMES]

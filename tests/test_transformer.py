@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_flat
 
@@ -73,6 +74,7 @@ def loss(params, words):
     return optax.softmax_cross_entropy_with_integer_labels(logits, words[:, 1:]).mean()
 
 
+@pytest.mark.slow
 def test_an_update_of_a_transformer(hlo):
     tx = optax_flat.entropy_sgd(1.0, num_steps=4, noise=1e-3, key=0)
     params = init()
