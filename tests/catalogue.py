@@ -21,6 +21,11 @@ FORWARD = ("forward",)  # outputs of the model in the place of gradients
 PLAIN = ("plain",)  # one gradient per update, which stands on the params themselves
 
 
+# One of each kind of state: a plain walk, one that may end early, params that stand off
+# their anchor, noise in the state, replicas.
+KINDS_OF_WALKS = {"entropy_sgd", "looksam", "momentum_sam", "ivon", "parle"}
+
+
 class Quadratic(NamedTuple):
     """f(x) = (x - c)' H (x - c) / 2."""
 
@@ -71,6 +76,11 @@ class Method(NamedTuple):
     def tried(self) -> tuple[str, ...]:
         """The modes that most tests try; `test_modes_agree` compares all of them."""
         return self.modes[:1] if self.shares_engine else self.modes
+
+    def is_tried(self, mode: str) -> bool:
+        """Whether `make test` tries its engine in a mode, which is that of the kind."""
+        first = mode == self.modes[0] or self.name in KINDS_OF_WALKS
+        return first and not self.shares_engine
 
     @property
     def has_key(self) -> bool:

@@ -74,7 +74,7 @@ def numbers(row):
 
 
 # Each script in `make test-all`; here those that show most of the common mechanism.
-QUICK = ("update_time", "label_noise", "flat_study", "sam_time", "step_time", "scaling")
+QUICK = ("update_time", "label_noise", "sam_time", "scaling")
 
 
 @pytest.mark.parametrize(
@@ -117,6 +117,7 @@ def test_runs_and_resumes(script, tmp_path):
     assert again[lost]["seconds"] != rows[lost]["seconds"]
 
 
+@pytest.mark.slow
 def test_kills(tmp_path):
     """Killed and resumed, a run ends as if it had not been; its History as well."""
     method = "entropy_sgd/transparent"
@@ -166,6 +167,7 @@ def test_refuses_rows_of_other_settings(script, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_mnist_mlp_uses_the_selected_rate(tmp_path):
     options = ["--smoke", "--methods", "sgd", "--epochs", 1, "--seeds", 1]
     done = start("mnist_mlp", tmp_path, *options, "--select")

@@ -47,7 +47,9 @@ engine_case, engine_gradient_case, engine_walk_case, engine_transparent_case = (
             pytest.param(
                 *case.values,
                 id=case.id,
-                marks=pytest.mark.slow if case.values[0].shares_engine else [],
+                marks=[]
+                if case.values[0].is_tried(case.values[1])
+                else pytest.mark.slow,
             )
             for case in CASES
             if case.values[1] in modes

@@ -34,7 +34,7 @@ CASES = [
         method, mode, id=f"{method.name}-{mode}",
         # Of the pairs of rules only ZSharp looks at all leaves in more than a norm.
         marks=pytest.mark.slow
-        if method.shares_engine and method.name != "zsharp"
+        if not method.is_tried(mode) and (method.name, mode) != ("zsharp", "scanned")
         else [],
     )
     for method in METHODS

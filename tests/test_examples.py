@@ -96,6 +96,7 @@ def test_compare_digits_stops_at_a_lost_run(tmp_path):
     assert log["loss"][-1] in ("nan", "inf")
 
 
+@pytest.mark.slow
 def test_compare_digits_reads_other_data(tmp_path, capsys, monkeypatch):
     example = load("compare_digits")
     few = dict(list(example.METHODS.items())[:1])
