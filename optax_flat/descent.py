@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, modes, trees
 from optax_flat._core.hyperparams import at
 
 
@@ -57,6 +57,7 @@ class ReuseState(NamedTuple):
     """State of `reuse`."""
 
     direction: optax.Updates  # g_v, the part of g_r orthogonal to g, when last computed
+    size: jax.Array  # [], its norm; 0 if it is nothing but rounding
 
 
 class WhenLargeState(NamedTuple):
@@ -285,24 +286,37 @@ def reuse(period: int, alpha: optax.ScalarOrSchedule) -> Descent:
     checks.number("alpha", alpha, 0.0)
 
     def init(params):
-        return ReuseState(optax.tree.zeros_like(params))
+        return ReuseState(optax.tree.zeros_like(params), jnp.zeros([]))
 
     def wants_second(state, g, count):
         del state, g
         return count % period == 0
 
-    def combine(state, grads, count):
-        g, g_r, fresh = grads
+    def renew(state, g, g_r, count):
+        del state, count
         across = _orthogonal(g_r, g)
         # What is left of parallel gradients is rounding, not a direction.
+        size = trees.norm(across)
         rounding = 100 * float(jnp.finfo(jnp.float32).eps) * trees.norm(g_r)
-        across = trees.where(trees.norm(across) > rounding, across, _zeros(across))
-        direction = trees.where(fresh, across, state.direction)
-        size = trees.norm(direction)
+        return g_r, ReuseState(across, jnp.where(size > rounding, size, 0.0))
+
+    def recall(state, g, g_r, count):
+        del g_r
+        size = state.size
         factor = jnp.where(size > 0, trees.norm(g) / jnp.where(size > 0, size, 1.0), 0)
-        factor = jnp.where(jnp.isfinite(factor), factor, 0.0)
-        reused = _plus(g, at(alpha, count) * factor, direction)
-        return Combined(trees.where(fresh, g_r, reused), None, ReuseState(direction))
+        factor = at(alpha, count) * jnp.where(jnp.isfinite(factor), factor, 0.0)
+        return _plus(g, factor, state.direction), state
+
+    def combine(state, grads, count):
+        g, g_r, fresh = grads
+
+        def typed(rule):  # both with the same types
+            return lambda *given: trees.cast_like(rule(*given), (g, state))
+
+        gradient, after = modes.either(
+            fresh, typed(renew), typed(recall), state, g, g_r, count
+        )
+        return Combined(gradient, None, after)
 
     return Descent(init, combine, wants_second=wants_second)
 
@@ -370,10 +384,6 @@ def when_large(
 def _no_state(params):
     del params
     return ()
-
-
-def _zeros(tree):
-    return jax.tree.map(jnp.zeros_like, tree)
 
 
 def _plus(tree, factor, other):

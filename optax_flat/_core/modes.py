@@ -367,7 +367,7 @@ def transparent(
         last = state.step == walk.length - 1
         if walk.ends is not None:
             last |= walk.ends(memory, inner)
-        updates, memory, skipped = _either(
+        updates, memory, skipped = either(
             last, outer_update, move, memory, inner, finite, first_point, params
         )
         return updates, TransparentState(
@@ -552,7 +552,7 @@ def _more_of(walk, memory, go_on, num_groups):
             return (*go_on(progress, aux, batch), taken + 1), None
         inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
         ended = walk.ends(memory, inner)  # of all groups together
-        progress, aux = _either(ended, _stay, go_on, progress, aux, batch)
+        progress, aux = either(ended, _stay, go_on, progress, aux, batch)
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
     return body
@@ -576,7 +576,7 @@ def _loop(body, carry, xs, *, length, unroll):
     return carry
 
 
-def _either(condition, on_true, on_false, *operands):
+def either(condition, on_true, on_false, *operands):
     """`jax.lax.cond`; Python's choice where nothing is traced, see `_loop`."""
     if trees.is_traced((condition, operands)):
         return jax.lax.cond(condition, on_true, on_false, *operands)
