@@ -441,3 +441,67 @@ def test_a_mask_fits_the_params(mask):
         with pytest.raises(ValueError, match="a mask must be a tree of bools like"):
             state = tx.init(ragged_params())
             tx.update(ragged_params(), state, ragged_params())
+
+
+def raw_optax_sam(outer, **arguments):
+    ascend = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    return optax.contrib.sam(outer, ascend, **arguments)
+
+
+def test_extra_arguments_are_no_fault_of_ours():
+    params = ragged_params()
+    theirs = raw_optax_sam(optax.sgd(0.1), sync_period=2)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'value'"):
+        theirs.update(params, theirs.init(params), params, value=1.0)
+    ours = optax_flat.sam(optax.sgd(0.1), mode="transparent")
+    ours.update(params, ours.init(params), params, value=1.0)
+
+
+def test_one_gradient_per_update_is_the_outer_optimizer():
+    """Their period of 1 undoes every other step; our walks of length 1 do not."""
+    data = batches(4, 1)
+
+    def run(tx):
+        params, state = ragged_params(), tx.init(ragged_params())
+        for (batch,) in data:
+            updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        return params
+
+    sgd = run(optax.sgd(0.1, momentum=0.9))
+    ours = optax_flat.momentum_sam(optax.sgd(0.1, momentum=0.9), rho=0.0)
+    assert_close(run(ours), sgd)
+    theirs = run(raw_optax_sam(optax.sgd(0.1, momentum=0.9), sync_period=1))
+    assert abs(theirs["scale"] - sgd["scale"]) > 1e-3
+
+
+def test_typed_keys_in_the_outer_optimizer():
+    """A selection by products cannot hold them."""
+    outer = optax.chain(optax.add_noise(0.1, 0.5, jax.random.key(0)), optax.sgd(0.1))
+    params = ragged_params()
+    theirs = raw_optax_sam(outer, sync_period=2)
+    with pytest.raises(TypeError, match="key<fry>"):
+        theirs.update(params, theirs.init(params), params)
+    data = jnp.repeat(batches(2, 1), 2, axis=1)
+    both = [
+        train(optax_flat.sam(outer, rho=0.1, mode=mode), mode, params, data).params
+        for mode in ("scanned", "transparent")
+    ]
+    assert_close(*both)
+
+
+def test_some_leaves_only_in_scanned_mode():
+    """optax.masked hands placeholders to the loss; optax_flat.masked does not."""
+    data, mask = batches(2, 2), {"layer": True, "scale": False}
+    theirs = raw_optax_sam(optax.sgd(0.1), opaque_mode=True)
+    theirs = optax.masked(optax.with_extra_args_support(theirs), mask)
+    grad, params = jax.grad(loss), ragged_params()
+    with pytest.raises(TypeError):  # from the loss
+        theirs.update(
+            grad(params, data[0, 0]), theirs.init(params), params,
+            grad_fn=lambda p, i: grad(p, data[0, 0]),
+        )  # fmt: skip
+    ours = optax_flat.masked(optax_flat.sam(optax.sgd(0.1)), mask)
+    moved = train(ours, "scanned", params, data).params
+    assert moved["scale"] == params["scale"]
+    assert (moved["layer"]["w"] != params["layer"]["w"]).any()
