@@ -228,6 +228,13 @@ def norm(tree: Any) -> jax.Array:
     return jnp.sqrt(vdot(tree, tree))
 
 
+def cosine(a: Any, b: Any) -> jax.Array:
+    """Of the angle between two trees; 0 if either is zero."""
+    product = norm(a) * norm(b)
+    safe = jnp.where(product > 0, product, 1.0)
+    return jnp.where(product > 0, vdot(a, b) / safe, 0.0)
+
+
 def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> Any:
     """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`.
 

@@ -213,13 +213,10 @@ def _walk(
         report = memory.diagnostics
         if inner.probe is not None:
             g = inner.probe.first_gradient
-            product = trees.norm(g) * trees.norm(d)
-            safe = jnp.where(product > 0, product, 1.0)
-            cosine = jnp.where(product > 0, trees.vdot(g, d) / safe, 0.0)
             report = Diagnostics(
                 trees.norm(g),
                 trees.norm(d),
-                cosine,
+                trees.cosine(g, d),
                 inner.probe.distance / num_steps,
                 hyperparams.gamma_at(memory.count),
             )

@@ -152,9 +152,9 @@ def lookbehind_sam(
         steps = optax.tree.sub(inner.fast, w)
         if adaptive:
             firsts = optax.tree.sub(inner.first, w)
-            updates = jax.tree.map(
-                lambda s, f: (1 + _cosine(s, f)) / 2 * s, steps, firsts
-            )
+            cosines = jax.tree.map(trees.cosine, steps, firsts)
+            updates = jax.tree.map(lambda s, c: (1 + c) / 2 * s, steps, cosines)
+            updates = trees.cast_like(updates, steps)
         else:
             part = at(alpha, memory.count)
             updates = jax.tree.map(lambda s: part * s, steps)
@@ -162,10 +162,3 @@ def lookbehind_sam(
         return updates, LookbehindSAMState(count, inner.outer_state, inner.ascent_state)
 
     return modes.build(Walk(1 + num_steps, init, start, step, finish), loop)
-
-
-def _cosine(a, b):
-    """Of the angle between two arrays; 0 if either is zero."""
-    product = trees.norm(a) * trees.norm(b)
-    safe = jnp.where(product > 0, product, 1.0)
-    return jnp.where(product > 0, trees.vdot(a, b) / safe, 0.0).astype(a.dtype)
