@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat import ascent
 from optax_flat._core import checks, modes, trees
 from optax_flat._core.arguments import LoopArguments, factory
 from optax_flat._core.hyperparams import at
@@ -30,7 +29,18 @@ class MomentumSAMState(NamedTuple):
 
     count: jax.Array  # int32, [], updates made
     outer_state: optax.OptState
-    offset: optax.Updates  # w minus the point where the params stand
+    sign: jax.Array  # [], -1 where `outer` keeps minus the momentum, else 1
+    factor: jax.Array  # [], sign rho / ||v||: w is params + factor v + remainder
+    remainder: optax.Updates  # what rounding takes; [] where the dtypes are the same
+
+    @property
+    def offset(self) -> optax.Updates:
+        """w minus the point where the params stand."""
+        # Not a field: one more buffer, written and read, would cost more time than v.
+        return jax.tree.map(
+            lambda v, rest: self.factor.astype(rest.dtype) * v.astype(rest.dtype) + rest,
+            _momentum(self.outer_state), self.remainder,
+        )  # fmt: skip
 
 
 class _Inner(NamedTuple):
@@ -103,9 +113,14 @@ def momentum_sam(
     def init(params):
         w = trees.accumulator(params, accumulator_dtype)
         outer_state = outer.init(w)
-        _momentum(outer_state, w)  # raises where there is none
+        _check_momentum(outer_state, w)
         zeros = optax.tree.zeros_like(w)
-        return MomentumSAMState(jnp.zeros([], jnp.int32), outer_state, zeros)
+        remainder = jax.tree.map(_remainder, zeros, params)
+        _, tried = outer.update(optax.tree.ones_like(w), outer_state, zeros)
+        uphill = optax.tree.sum(_momentum(tried)) > 0
+        count, zero, one = jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.ones([])
+        sign = jnp.where(uphill, one, -one)
+        return MomentumSAMState(count, outer_state, sign, zero, remainder)
 
     def start(memory, params):
         del memory
@@ -121,37 +136,46 @@ def momentum_sam(
         steps, outer_state = outer.update(inner.gradient, memory.outer_state, w)
         w = optax.tree.add(w, steps)
         count = jnp.asarray(optax.safe_increment(memory.count))
-        momentum = _momentum(outer_state, w)
-        along, _ = ascent.unit().update(momentum, optax.EmptyState())
-        # Along the step; some optimizers keep minus the momentum.
-        sign = jnp.where(trees.vdot(momentum, steps) > 0, -1.0, 1.0)
-        radius = sign * at(rho, count)
-        there = jax.tree.map(lambda w, a: w - radius * a, w, along)
-        updates, there = trees.steps_to(there, params)
-        offset = optax.tree.sub(w, there)
-        return updates, MomentumSAMState(count, outer_state, offset)
+        momentum = _momentum(outer_state)
+        size = trees.norm(momentum)
+        inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
+        factor = memory.sign * at(rho, count) * inverse
+        there = jax.tree.map(lambda w, v: w - factor * v, w, momentum)
+        updates, reached = trees.steps_to(there, params)
+        rest = optax.tree.sub(there, reached)
+        remainder = jax.tree.map(_remainder, rest, params)
+        return updates, MomentumSAMState(
+            count, outer_state, memory.sign, factor, remainder
+        )
 
     return modes.build(Walk(1, init, start, step, finish), loop)
 
 
-def _momentum(outer_state: optax.OptState, params: optax.Params) -> Any:
-    """The tree of the outer optimizer's state that is its momentum."""
+def _remainder(rest, param):
+    """What lies between a point and its place in the params' dtype."""
+    return rest if rest.dtype != param.dtype else jnp.zeros([], rest.dtype)
 
+
+def _momentum(outer_state: optax.OptState) -> Any:
+    """The tree of the outer optimizer's state that is its momentum; None without one."""
+
+    def buffer(node):
+        if not hasattr(node, "_fields"):  # an array has a method `trace`
+            return None
+        fields = (getattr(node, name, None) for name in ("trace", "mu"))
+        return next((field for field in fields if field is not None), None)
+
+    nodes = jax.tree.leaves(outer_state, is_leaf=lambda x: buffer(x) is not None)
+    return next((buffer(x) for x in nodes if buffer(x) is not None), None)
+
+
+def _check_momentum(outer_state, params):
     def kind(tree):
         return jax.tree.structure(tree), [jnp.shape(x) for x in jax.tree.leaves(tree)]
 
-    def buffers(node):
-        if not hasattr(node, "_fields"):  # an array has a method `trace`
-            return []
-        fields = (getattr(node, name, None) for name in ("trace", "mu"))
-        return [field for field in fields if kind(field) == kind(params)]
-
-    nodes = jax.tree.leaves(outer_state, is_leaf=lambda x: bool(buffers(x)))
-    found = [buffer for node in nodes for buffer in buffers(node)]
-    if not found:
+    if kind(_momentum(outer_state)) != kind(params):
         raise ValueError(
             "`outer` must keep a momentum, a tree `trace` or `mu` like the params in "
             f"its state, got an optimizer with the state {type(outer_state).__name__}. "
             "Give for instance optax.sgd(learning_rate, momentum=0.9) or optax.adamw."
         )
-    return found[0]
