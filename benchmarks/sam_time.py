@@ -8,6 +8,8 @@ rounds, the first of which is not counted. The references:
   to, and nothing else: the limit for SAM;
 * sgd: SGD with momentum, one gradient per minibatch: the limit for methods of one.
 
+`looksam_bare` and `ivon_bare` are those methods' arithmetic written by hand for this
+network and these settings, with none of the library around it: what XLA makes of it.
 `optax_sam` is the opaque mode of `optax.contrib.sam`. `torch_sam` is the SAM of
 pytorch_optimizer on the same network, in eager PyTorch; it is measured if both are
 installed (pip install torch pytorch_optimizer) and left out if not. The objective is
@@ -21,6 +23,7 @@ import time
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
@@ -28,24 +31,35 @@ from harness import COLOURS, Rows, parser, table, write_table
 from step_time import SMOKE, Sizes, loss, objective, problem
 
 import optax_flat
+from optax_flat._core.noise import draw
 
 RATE = 0.1
 REFERENCES = ("pair", "sgd")
+PERIOD, ALPHA = 5, 0.7  # of looksam
+ESS, HESS, DECAY, B1, B2 = 2560.0, 0.5, 1e-4, 0.9, 0.99999  # of ivon
 METHODS = {
     "sam": optax_flat.sam(optax.sgd(RATE), rho=0.05),
     "asam": optax_flat.asam(optax.sgd(RATE), rho=0.05),
     "gsam": optax_flat.gsam(optax.sgd(RATE), rho=0.05),
     "friendly_sam": optax_flat.friendly_sam(optax.sgd(RATE), rho=0.05),
     "momentum_sam": optax_flat.momentum_sam(optax.sgd(RATE, 0.9), rho=0.05),
-    "looksam": optax_flat.looksam(optax.sgd(RATE, 0.9), rho=0.05, period=5),
+    "looksam": optax_flat.looksam(optax.sgd(RATE, 0.9), rho=0.05, period=PERIOD),
     "ivon": optax_flat.ivon(
-        RATE, ess=2560.0, hess_init=0.5, noise_kind="rademacher", key=0
+        RATE,
+        ess=ESS,
+        hess_init=HESS,
+        weight_decay=DECAY,
+        b1=B1,
+        b2=B2,
+        noise_kind="rademacher",
+        key=0,
     ),
     "sgd_swa": optax_flat.swa(optax.sgd(RATE, 0.9), start=0),
     "sgd_ema": optax_flat.ema_weights(optax.sgd(RATE, 0.9)),
 }
+BARE = ("looksam_bare", "ivon_bare")
 DOUBLE = ("pair", "optax_sam")  # two gradients per update, which nobody counts
-NAMES = (*REFERENCES, *METHODS, "optax_sam", "torch_sam")
+NAMES = (*REFERENCES, *METHODS, *BARE, "optax_sam", "torch_sam")
 COLUMNS = ["ratio_to_pair", "ratio_to_sgd", "objective", "temp_mib"]
 
 
@@ -69,6 +83,8 @@ def one_update(name):
             return jax.tree.map(lambda p, g: p - RATE * g, params, grads), opt_state
 
         return two, optax.identity()
+    if name in BARE:
+        return {"looksam_bare": bare_looksam, "ivon_bare": bare_ivon}[name]()
     tx = METHODS.get(name, optax.sgd(RATE, 0.9))
     if name == "optax_sam":
         ascend = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
@@ -84,6 +100,77 @@ def one_update(name):
         return optax.apply_updates(params, updates), opt_state
 
     return update, tx
+
+
+def bare_looksam():
+    """LookSAM with SGD; the state is momentum, direction, its norm and a count."""
+    grad = jax.grad(loss)
+
+    def seldom(params, direction, size, g, batch):
+        del size
+        ahead = optax.tree.add_scale(params, 0.05 / optax.tree.norm(g), g)
+        g_r = grad(ahead, batch)
+        weight = optax.tree.vdot(g, g_r) / optax.tree.vdot(g, g)
+        direction = optax.tree.add_scale(g_r, -weight, g)
+        return g_r, direction, optax.tree.norm(direction)
+
+    def often(params, direction, size, g, batch):
+        del params, batch
+        weight = ALPHA * optax.tree.norm(g) / size
+        return optax.tree.add_scale(g, weight, direction), direction, size
+
+    def update(params, state, batch):
+        momentum, direction, size, count = state
+        d, direction, size = jax.lax.cond(
+            count % PERIOD == 0, seldom, often,
+            params, direction, size, grad(params, batch), batch,
+        )  # fmt: skip
+        momentum = optax.tree.add_scale(d, 0.9, momentum)
+        params = optax.tree.add_scale(params, -RATE, momentum)
+        return params, (momentum, direction, size, count + 1)
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        return zeros, zeros, jnp.zeros([]), jnp.zeros([], jnp.int32)
+
+    return update, optax.GradientTransformation(init, optax.identity().update)
+
+
+def bare_ivon():
+    """IVON with signs; the state is momentum, h, the draw's displacement, a count."""
+    grad = jax.grad(loss)
+
+    def update(params, state, batch):
+        mu, hess, moves, count = state
+        weight = 1 - B1 ** (count + 1.0)
+
+        def new_hess(h, g, move):
+            change = (1 - B2) * (g * move * ESS * (h + DECAY) - h)
+            return h + change + change**2 / (2 * (h + DECAY))
+
+        def new_mean(p, move, mu, h):
+            m = p - move
+            rate = RATE * (HESS + DECAY)
+            return m - rate * (mu / weight + DECAY * m) / (h + DECAY)
+
+        def displacement(h, z):
+            return z * jax.lax.rsqrt(ESS * (h + DECAY))
+
+        g = grad(params, batch)
+        mu = jax.tree.map(lambda mu, g: B1 * mu + (1 - B1) * g, mu, g)
+        hess = jax.tree.map(new_hess, hess, g, moves)
+        mean = jax.tree.map(new_mean, params, moves, mu, hess)
+        key = jax.random.fold_in(jax.random.key(0), count)
+        signs = draw(key, params, "rademacher")
+        moves = jax.tree.map(displacement, hess, signs)
+        return optax.tree.add(mean, moves), (mu, hess, moves, count + 1)
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        hess = optax.tree.full_like(params, HESS)
+        return zeros, hess, zeros, jnp.zeros([], jnp.int32)
+
+    return update, optax.GradientTransformation(init, optax.identity().update)
 
 
 def compiled(name, params, batches):
@@ -102,10 +189,14 @@ def compiled(name, params, batches):
     params, opt_state = executable(*arguments)
     counted = optax.tree.get(opt_state, "gradient_evaluations")
     updates = len(batches[1])
+    if name == "looksam_bare":
+        counted = updates + -(-updates // PERIOD)
+    if name not in BARE:
+        params = optax_flat.eval_params(opt_state, params)
     return Program(
         lambda: jax.block_until_ready(executable(*arguments)),
         int(counted) if counted is not None else updates * (1 + (name in DOUBLE)),
-        float(objective(optax_flat.eval_params(opt_state, params), batches)),
+        float(objective(params, batches)),
         {"temp_mib": executable.memory_analysis().temp_size_in_bytes / 2**20},
     )
 
