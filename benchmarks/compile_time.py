@@ -40,20 +40,25 @@ def sampler(name: str, **settings: Any) -> Any:
     return getattr(optax_flat, name)(0.1, temperature=1e-3, key=0, **settings)
 
 
-def sam() -> Any:
-    """Two gradients, as in Optax."""
+def optax_sam() -> Any:
+    """Two gradients, Optax' own."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
     return optax.contrib.sam(optax.sgd(0.1), ascent, opaque_mode=True)
 
 
 PROGRAMS: dict[str, tuple[Callable[[], Any], int]] = {
     "adam": (lambda: optax.adam(1e-3), 1),
-    "sam": (sam, 2),
+    "optax_sam": (optax_sam, 2),
     REFERENCE: (partial(entropy_sgd, noise=0.0), LENGTH),
     "entropy_sgd_rademacher": (partial(entropy_sgd, noise_kind="rademacher"), LENGTH),
     "entropy_sgd_normal": (entropy_sgd, LENGTH),
     "transparent_noiseless": (partial(entropy_sgd, noise=0.0, mode="transparent"), 1),
     "transparent_normal": (partial(entropy_sgd, mode="transparent"), 1),
+    "sam": (lambda: optax_flat.sam(optax.sgd(0.1)), 2),
+    "looksam": (lambda: optax_flat.looksam(optax.sgd(0.1, 0.9)), 2),
+    "momentum_sam": (lambda: optax_flat.momentum_sam(optax.sgd(0.1, 0.9)), 1),
+    "ivon": (lambda: optax_flat.ivon(0.1, ess=1e4, key=0), 1),
+    "sgd_ema": (lambda: optax_flat.ema_weights(optax.sgd(0.1, 0.9)), 1),
     "sgld_rademacher": (partial(sampler, "sgld", noise_kind="rademacher"), 1),
     "sgld": (partial(sampler, "sgld"), 1),
     "psgld": (partial(sampler, "psgld"), 1),
