@@ -1,0 +1,112 @@
+"""Who learns from few labels? 100 to 3,000 of Fashion-MNIST, with three networks.
+
+Every seed draws its own labelled images out of the 60,000 for training: n to train with
+and n / 4 more to tune with, since whoever has few labels has few to choose by. To make
+the choice less of a lottery the smaller sets are drawn several times for tuning, four
+times for n = 100 and twice for 300 and 1,000, and the accuracy is averaged. The test
+images are all 10,000. Pixels are averaged in squares of 2x2. The networks:
+
+* mlp: 196-64-64-10;
+* cnn: 3x3 convolutions with stride 2 to 16 and 32 channels, then 64-10;
+* vit: patches of 4x4, two layers of width 32 with two heads, mean over patches.
+
+For the first two the methods that have an optimizer inside have SGD with momentum, for
+the ViT AdamW. Every run spends the same number of gradients of minibatches of 32,
+whatever n is. See situations.py for tuning and intervals.
+
+    python benchmarks/small_data.py --data fashion_mnist.npz --out results/small_data
+"""
+
+import functools
+import itertools
+from typing import Any, NamedTuple
+
+import models
+import numpy as np
+from harness import Images, load_images, random_images
+from situations import Cell, Data, averaged, compare, image_task, options_of
+
+METHODS = (
+    "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "swa", "ivon"
+)  # fmt: skip
+SHAPE, CLASSES = (14, 14, 1), 10
+
+
+class Sizes(NamedTuple):
+    """What presets change."""
+
+    labels: tuple[int, ...] = (100, 300, 1000, 3000)
+    draws: tuple[int, ...] = (4, 2, 2, 1)
+    gradients: int = 1200
+    batch: int = 32
+    width: int = 1  # factor of the networks'
+
+
+SIZES = {
+    "smoke": Sizes((20,), (1,), 40, 4),
+    "small": Sizes(),
+    "paper": Sizes(gradients=6000, width=4),
+}
+
+
+def networks(width: int) -> dict[str, tuple[Any, str]]:
+    """Network to its task and the base of its methods."""
+    w = width
+    return {
+        "mlp": (image_task(models.mlp(SHAPE, (64 * w, 64 * w), CLASSES)), "sgd"),
+        "cnn": (image_task(models.cnn(SHAPE, (16 * w, 32 * w), 64 * w, CLASSES)), "sgd"),
+        "vit": (image_task(models.vit(SHAPE, 4, 32 * w, 2, 2 * w, CLASSES)), "adamw"),
+    }
+
+
+def drawn(images: Images, labels: int, most: int, seed: int) -> Data:
+    """`labels` images to train with, in the first places of `most`; a quarter to tune.
+
+    All sizes have arrays of one shape, so that they share a program.
+    """
+    count = len(images.train_images)
+    order = np.random.default_rng(seed).permutation(count)
+    train, validation = order[:most], order[labels : labels + labels // 4]
+    pixels, known = images.train_images, images.train_labels
+    return Data(
+        (pixels[train], known[train]),
+        (pixels[validation], known[validation]),
+        (images.test_images, images.test_labels),
+    )
+
+
+def prepared(images: Images) -> Images:
+    """Averaged, and scaled with the mean and deviation of all training pixels."""
+    train, test = averaged(images.train_images), averaged(images.test_images)
+    mean, deviation = train.mean(), train.std()
+    train, test = ((x - mean) / deviation for x in (train, test))
+    labels = (x.astype(np.int32) for x in (images.train_labels, images.test_labels))
+    return Images(train, next(labels), test, next(labels))
+
+
+def main() -> None:
+    """Runs what is missing, then writes tables, picture and summary."""
+    options = options_of(__doc__, METHODS, seeds=5, name="small_data").parse_args()
+    sizes = SIZES["smoke" if options.smoke else options.preset]
+    if options.smoke and not options.data:
+        images, data, chosen = random_images((28, 28), 60, 20), "random", ["mlp"]
+    else:
+        images = load_images(next(iter(options.data), None))
+        data, chosen = options.data[0].name, ["mlp", "cnn", "vit"]
+    images, known = prepared(images), networks(sizes.width)
+    cells = [
+        Cell(
+            f"{network}-{labels}", known[network][0],
+            functools.partial(drawn, images, labels, max(sizes.labels)),
+            labels, sizes.gradients, sizes.batch, base=known[network][1], draws=draws,
+        )
+        for network, (labels, draws) in itertools.product(
+            chosen, zip(sizes.labels, sizes.draws, strict=True)
+        )
+    ]  # fmt: skip
+    settings = {**sizes._asdict(), "data": data, "preset": options.preset}
+    compare("small_data", cells, options, settings)
+
+
+if __name__ == "__main__":
+    main()
