@@ -23,6 +23,12 @@ Nesterov and Adam have gradients, the others run the model forward only:
   instead of 101,770.
 * eki_components: eki_resampled in these parameters, with independent draws, for ten
   epochs instead of two.
+* adam_activity: Adam, on pixels, where not the params are perturbed but what goes into
+  the hidden units, with K = 50 and for each image on its own (node perturbation). The
+  128 numbers that are so estimated for an image are its gradient there; times the
+  pixels they are the kernel's. The output layer is linear, and the loss of the outputs
+  is differentiated as in all of these methods, so its gradient needs no estimate.
+* adam_activity_cheap: the same with K = 10, the thesis' number of forward passes.
 
 All rates but the thesis' fall to 0 by a cosine. The costs: `forward_passes` counts
 images, each once for every model that was run on it, `gradient_evaluations` counts
@@ -30,8 +36,8 @@ minibatches, and the picture puts both on one axis, the gradient of an image lik
 forward pass. The settings of the perturbations and of eki on pixels come from about
 twenty runs, most of them short, with another seed, looked at on the test images; those
 on components from as many with `--hold-out`, which trains on the first five sixths of
-the training images and measures on the others; those of sgd, nesterov, adam and of the
-thesis are the usual ones, not tuned.
+the training images and measures on the others; those of sgd, nesterov, adam, of the
+thesis and of adam_activity are the usual ones, not tuned.
 
     python benchmarks/mnist_ensemble.py --data mnist.npz --out out/mnist_ensemble
 """
@@ -65,6 +71,7 @@ from optax_flat.training import make_train_step
 PIXELS, CLASSES = 784, 10
 MEMBERS = 700
 BLUR = 2.0  # pixels
+SPREAD = 0.01  # of perturbed activities
 POINTS = 20  # of the curves
 WITH_GRADIENTS = ("sgd", "nesterov", "adam")
 GREYS = ("#bbbbbb", "#888888", "#444444")
@@ -89,6 +96,7 @@ class Method(NamedTuple):
     batch: int
     epochs: float = 10.0
     components: int | None = None  # principal components in the place of pixels
+    activity: int | None = None  # perturbations of the hidden units for each image
 
 
 def sgd(sizes: Sizes, updates: int, key: jax.Array) -> optax.GradientTransformation:
@@ -209,7 +217,47 @@ METHODS = {
         adam_perturbation(400, 1e-2, chunk_size=50), 50, components=30
     ),
     "eki_components": Method(eki(20.0, spread=0.03, resample=1), 500, components=30),
+    "adam_activity": Method(adam, 50, activity=50),
+    "adam_activity_cheap": Method(adam, 50, activity=10),
 }
+
+
+def activity_step(tx, size, key):
+    """A training step on what perturbed activities say of the gradient."""
+
+    def estimate(into_hidden, target, params, key):
+        """The gradient for what goes into the hidden units for one image, [width]."""
+        signs = jax.random.rademacher(key, (size, *into_hidden.shape), jnp.float32)
+        total, _ = optax_flat.perturbed_sum(
+            lambda x: upper(params, x), lambda logits: loss_fn(logits, (None, target)),
+            into_hidden, SPREAD * signs,
+        )  # fmt: skip
+        return total / (size * SPREAD**2)
+
+    def step(params, opt_state, batch):
+        images, labels = batch
+        into_hidden = lower(params, images)
+        count = optax.tree.get(opt_state, "count", filtering=is_of_adam)
+        keys = jax.random.split(jax.random.fold_in(key, count), len(labels))
+        found = jax.vmap(estimate, (0, 0, None, 0))(into_hidden, labels, params, keys)
+        errors = jax.grad(loss_fn)(upper(params, into_hidden), batch)
+        mean = found / len(labels)
+        grads = {
+            "hidden": {"kernel": images.T @ mean, "bias": mean.sum(0)},
+            "output": {
+                "kernel": jax.nn.relu(into_hidden).T @ errors, "bias": errors.sum(0)
+            },
+        }  # fmt: skip
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state, None
+
+    return step
+
+
+def is_of_adam(path, value):
+    """Whether a count in the state is that of Adam, not of its schedule."""
+    del value
+    return any(getattr(k, "tuple_name", "") == "ScaleByAdamState" for k in path)
 
 
 def chunk(size: int, most: int) -> int:
@@ -231,11 +279,20 @@ def initial(key: jax.Array, inputs: int, width: int) -> Any:
     }
 
 
+def lower(params, images):
+    """What goes into the hidden units: [B, width] of [B, 784], or of components."""
+    return images @ params["hidden"]["kernel"] + params["hidden"]["bias"]
+
+
+def upper(params, into_hidden):
+    """Logits [B, 10]."""
+    x = jax.nn.relu(into_hidden)
+    return x @ params["output"]["kernel"] + params["output"]["bias"]
+
+
 def output_fn(params, batch):
-    """Logits [B, 10] of centred images [B, 784], or of their components."""
-    hidden, output = params["hidden"], params["output"]
-    x = jax.nn.relu(batch[0] @ hidden["kernel"] + hidden["bias"])
-    return x @ output["kernel"] + output["bias"]
+    """Logits of a minibatch."""
+    return upper(params, lower(params, batch[0]))
 
 
 def loss_fn(logits, batch):
@@ -300,7 +357,10 @@ def train(method: Method, images: Images, sizes: Sizes, *, seed: int) -> Row:
     inputs = images.train_images.shape[1]
     params = jax.jit(initial, static_argnums=(1, 2))(init_key, inputs, sizes.width)
     tx = method.make(sizes, updates, noise_key)
-    step = make_train_step(loss_fn, tx, output_fn=output_fn)
+    if method.activity is None:
+        step = make_train_step(loss_fn, tx, output_fn=output_fn)
+    else:
+        step = activity_step(tx, min(method.activity, sizes.most), noise_key)
 
     def spend(state, order, images, labels):
         def body(state, index):
@@ -323,6 +383,8 @@ def train(method: Method, images: Images, sizes: Sizes, *, seed: int) -> Row:
         times.append(seconds)
         accuracies.append(float(accuracy))
     passes = int(optax.tree.get(state[1], "forward_passes", 0))
+    if method.activity is not None:
+        passes = updates * (min(method.activity, sizes.most) + 1)
     return {
         "gradient_evaluations": 0 if passes else updates,
         "forward_passes": passes * method.batch,

@@ -23,7 +23,7 @@ METHODS = {
     "cifar_resnet20": ["coolmomentum_linear"],
     "ptb_lstm": ["coolmomentum", "entropy_adam"],
     "ensemble_time": ["ensemble_kalman"],
-    "mnist_ensemble": ["adam_perturbation", "eki"],
+    "mnist_ensemble": ["adam_perturbation", "adam_activity", "eki"],
     "flatness_time": ["top_eigenvalue", "top_eigenvalue_few_images"],
     "flat_study": ["sgd", "entropy_sgd", "asam"],
     "label_noise": ["sgd", "friendly_sam", "entropy_sgd"],
