@@ -299,6 +299,7 @@ def test_momentum_sam_perturbs_along_the_coming_step():
     outers = (
         optax.sgd(1e-3, momentum=0.9),
         optax.rmsprop(1e-3, momentum=0.9),
+        optax.rmsprop(optax.linear_schedule(0.0, 1e-3, 1), momentum=0.9),
         optax.chain(optax.scale(-1e-3), optax.trace(0.9)),
         optax.adamw(1e-3),
         optax.inject_hyperparams(optax.sgd)(1e-3, momentum=0.9),

@@ -116,6 +116,8 @@ def momentum_sam(
         _check_momentum(outer_state, w)
         zeros = optax.tree.zeros_like(w)
         remainder = jax.tree.map(_remainder, zeros, params)
+        # What a gradient uphill makes of the momentum: most optimizers add it up, some
+        # keep the steps, which may be zero at first (warm-up).
         _, tried = outer.update(optax.tree.ones_like(w), outer_state, zeros)
         uphill = optax.tree.sum(_momentum(tried)) > 0
         count, zero, one = jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.ones([])
