@@ -35,12 +35,13 @@ class MomentumSAMState(NamedTuple):
 
     @property
     def offset(self) -> optax.Updates:
-        """w minus the point where the params stand."""
+        """The way from where the params stand to w."""
         # Not a field: one more buffer, written and read, would cost more time than v.
         return jax.tree.map(
-            lambda v, rest: self.factor.astype(rest.dtype) * v.astype(rest.dtype) + rest,
-            _momentum(self.outer_state), self.remainder,
-        )  # fmt: skip
+            lambda v, rest: rest + (self.factor * v).astype(rest.dtype),
+            _momentum(self.outer_state),
+            self.remainder,
+        )
 
 
 class _Inner(NamedTuple):
@@ -119,7 +120,7 @@ def momentum_sam(
         # What a gradient uphill makes of the momentum: most optimizers add it up, some
         # keep the steps, which may be zero at first (warm-up).
         _, tried = outer.update(optax.tree.ones_like(w), outer_state, zeros)
-        uphill = optax.tree.sum(_momentum(tried)) > 0
+        uphill = jnp.asarray(optax.tree.sum(_momentum(tried))) > 0
         count, zero, one = jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.ones([])
         sign = jnp.where(uphill, one, -one)
         return MomentumSAMState(count, outer_state, sign, zero, remainder)
@@ -159,7 +160,7 @@ def _remainder(rest, param):
 
 
 def _momentum(outer_state: optax.OptState) -> Any:
-    """The tree of the outer optimizer's state that is its momentum; None without one."""
+    """The tree of the outer optimizer's state that is its momentum, or None."""
 
     def buffer(node):
         if not hasattr(node, "_fields"):  # an array has a method `trace`
