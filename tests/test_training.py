@@ -490,7 +490,7 @@ FILE = {"num_steps": 1, "mode": "transparent", "loss": [1.0], "val_loss": ["nan"
         ({"loss": [True]}, "`loss` must be a list of numbers"),
         ({"val_loss": ["1.0"]}, "`val_loss` must be a list of numbers"),
         ({"val_loss": [None]}, "`val_loss` must be a list of numbers"),
-        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1 and 2"),
+        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1, 2 and 1"),
         ({"loss": [10**400]}, "too large"),
         ({"num_steps": 2.0}, "`num_steps` must be a Python int"),
         ({"mode": "both"}, "`mode` must be one of"),
