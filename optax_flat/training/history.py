@@ -245,11 +245,11 @@ class History:
         """
         source = Path(path)
         try:
-            num_steps, mode, *epochs = _read(source.read_text())
+            num_steps, mode, loss, val_loss, metrics = _read(source.read_text())
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{source} is not a History file: {error}") from error
         history = cls(num_steps, mode=mode, **{"path": source, **kwargs})
-        history.loss, history.val_loss, history.metrics = epochs
+        history.loss, history.val_loss, history.metrics = loss, val_loss, metrics
         if history._bar is not None:
             history._bar.update(len(history.loss))
         return history

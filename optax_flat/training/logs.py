@@ -6,6 +6,7 @@ later ones are added to it, so that an epoch costs the same however long the run
 
 import csv
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,13 @@ class TensorBoardLog:
         """Adds rows, of which the first is of the epoch `first`."""
         if first == 1:
             self.close()
-            # Readers drop what files before this one have from step 1 on.
+            # Readers drop what files before this one, in the order of their names, have
+            # from step 1 on. Without the suffix two of one second have one name.
             self._events = self._package.SummaryWriter(
-                str(self.folder), purge_step=1, flush_secs=1
+                str(self.folder),
+                purge_step=1,
+                flush_secs=1,
+                filename_suffix=f".{time.time_ns()}",
             )
         for epoch, row in enumerate(rows, first):
             for name, value in row.items():
