@@ -535,6 +535,7 @@ def test_multi_steps_outermost(method, mode):
     assert_close(run.params, expected.params)
 
 
+@pytest.mark.slow  # it is the caller's loop, in the caller's function
 @engine_walk_case
 def test_accumulation_inside_grad_fn(method, mode):
     """Micro-batches inside grad_fn equal one large batch."""
