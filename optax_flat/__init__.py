@@ -10,6 +10,7 @@ from optax_flat import problems as problems
 from optax_flat import schedules as schedules
 from optax_flat import training as training
 from optax_flat._core.masking import masked as masked
+from optax_flat._core.metrics import metrics as metrics
 from optax_flat._core.modes import ScannedState as ScannedState
 from optax_flat._core.modes import TransparentState as TransparentState
 from optax_flat._core.modes import eval_params as eval_params

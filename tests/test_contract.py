@@ -309,6 +309,20 @@ def test_hyperparameters_stay_float32(method, mode):
 
 
 @engine_case
+def test_metrics(method, mode):
+    """The same names and types before and after updates and under jit; it counts."""
+    tx = method.make(mode=mode)
+    before = optax_flat.metrics(tx.init(ragged_params()))
+    state = train(tx, mode, ragged_params(), batches(2, method.length)).state
+    after = optax_flat.metrics(state)
+    assert specs(after) == specs(before)
+    assert specs(jax.eval_shape(optax_flat.metrics, state)) == specs(after)
+    assert [int(report["count"]) for report in (before, after)] == [0, 2]
+    assert mode not in WALK_MODES or after.keys() >= {"gradient_evaluations", "skipped"}
+    assert mode != "forward" or int(after["forward_passes"]) > 0
+
+
+@engine_case
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes(method, mode, dtype):
     """Updates have the params' dtype; what is accumulated has at least float32."""
@@ -521,6 +535,7 @@ def test_multi_steps_outermost(method, mode):
     assert_close(run.params, expected.params)
 
 
+@pytest.mark.slow  # it is the caller's loop, in the caller's function
 @engine_walk_case
 def test_accumulation_inside_grad_fn(method, mode):
     """Micro-batches inside grad_fn equal one large batch."""

@@ -77,6 +77,7 @@ def test_core_install_imports_without_extras():
         "sklearn",
         "chex",
         "equinox",
+        "tensorboardX",
     ]
     code = f"""
 import sys

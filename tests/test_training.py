@@ -1,5 +1,6 @@
 """make_train_step, TrainState and History."""
 
+import csv
 import json
 import math
 import os
@@ -365,6 +366,9 @@ def test_history_errors(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tqdm.auto", None)
     with pytest.raises(ImportError, match=r"optax_flat\[progress\]"):
         History(progress=True)
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"optax_flat\[tensorboard\]"):
+        History(tensorboard=tmp_path)
 
 
 def test_history_progress_line(capsys):
@@ -479,6 +483,90 @@ def test_history_writes_through_a_link(tmp_path):
     assert History.load(real).loss == History.load(link).loss == [1.0, 2.0]
 
 
+def events(folder):
+    """Steps and values of every curve, as TensorBoard itself reads the files."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    reader = EventAccumulator(str(folder))
+    reader.Reload()
+    return {
+        name: [(event.step, event.value) for event in reader.Scalars(name)]
+        for name in reader.Tags()["scalars"]
+        if reader.Scalars(name)  # none is left where all were taken back
+    }
+
+
+def table(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_history_writes_logs_of_other_formats(tmp_path):
+    """Losses, those of effective epochs and what the optimizer's state tells."""
+    tx = optax_flat.coolmomentum(0.1)
+    params = jnp.ones(2)
+    state = tx.init(params)
+    path, folder = tmp_path / "runs" / "a.csv", tmp_path / "events"
+    temperatures = []
+    with History(2, csv=path, tensorboard=folder) as history:
+        for loss in (4.0, 2.0, 1.0):
+            updates, state = tx.update(params, state, params)
+            params = optax.apply_updates(params, updates)
+            report = optax_flat.metrics(state)
+            history.record(loss, loss / 2, metrics=report)
+            temperatures.append(float(report["temperature"]))
+    rows = table(path)
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["eff_loss"] for row in rows] == ["", "3.0", ""]
+    assert [float(row["val_loss"]) for row in rows] == [2.0, 1.0, 0.5]
+    assert [float(row["temperature"]) for row in rows] == temperatures
+    curves = events(folder)
+    assert curves["loss"] == [(1, 4.0), (2, 2.0), (3, 1.0)]
+    assert curves["eff_val_loss"] == [(2, 1.5)]
+    assert curves["count"] == [(1, 1), (2, 2), (3, 3)]
+    assert curves["temperature"] == list(enumerate(temperatures, 1))
+
+
+def test_history_goes_on_in_all_its_files(tmp_path):
+    """Killed, loaded and taken back an epoch, all have the epochs that count, once."""
+    path = tmp_path / "a.json"
+    logs = {"csv": tmp_path / "a.csv", "tensorboard": tmp_path / "events"}
+    killed = History(path=path, stop=False, **logs)
+    killed.record(1.0, metrics={"gamma": 0.5})
+    killed.record(math.inf)
+    history = History.load(path, **logs)
+    assert history.metrics == [{"gamma": 0.5}, {}]
+    history.record(3.0, metrics={"gamma": math.nan, "count/2": 7})
+    assert history.metrics[2].keys() == {"gamma", "count/2"}
+    del history.loss[2:], history.val_loss[2:]  # back to an older checkpoint
+    history.record(4.0, metrics={"gamma": 0.75})
+    history.close()
+    history.record(5.0, 6.0)
+    history.close()
+    again = History.load(path)
+    assert again.loss == [1.0, math.inf, 4.0, 5.0]
+    assert again.metrics == history.metrics == [{"gamma": 0.5}, {}, {"gamma": 0.75}, {}]
+    assert [row["gamma"] for row in table(logs["csv"])] == ["0.5", "", "0.75", ""]
+    assert [row["val_loss"] for row in table(logs["csv"])] == ["", "", "", "6.0"]
+    killed.close()
+    assert events(logs["tensorboard"]) == {
+        "loss": [(1, 1.0), (2, math.inf), (3, 4.0), (4, 5.0)],
+        "eff_loss": [(1, 1.0), (2, math.inf), (3, 4.0), (4, 5.0)],
+        "val_loss": [(4, 6.0)],
+        "eff_val_loss": [(4, 6.0)],
+        "gamma": [(1, 0.5), (3, 0.75)],
+    }
+
+
+def test_history_refuses_metrics_it_cannot_keep():
+    history = History()
+    with pytest.raises(TypeError, match=r"`metrics\['mu'\]` must be a scalar"):
+        history.record(1.0, metrics={"mu": jnp.ones(2)})
+    with pytest.raises(ValueError, match="`metrics` has loss, the name of a loss"):
+        history.record(1.0, metrics={"loss": 1.0})
+    assert history.loss == history.metrics == []
+
+
 FILE = {"num_steps": 1, "mode": "transparent", "loss": [1.0], "val_loss": ["nan"]}
 
 
@@ -490,7 +578,11 @@ FILE = {"num_steps": 1, "mode": "transparent", "loss": [1.0], "val_loss": ["nan"
         ({"loss": [True]}, "`loss` must be a list of numbers"),
         ({"val_loss": ["1.0"]}, "`val_loss` must be a list of numbers"),
         ({"val_loss": [None]}, "`val_loss` must be a list of numbers"),
-        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1 and 2"),
+        ({"metrics": {"gamma": [1.0]}}, "`metrics` must be a list of objects, .*got {"),
+        ({"metrics": [1.0]}, "`metrics` must be a list of objects"),
+        ({"metrics": [{"gamma": None}]}, "`metrics` must be a list of numbers"),
+        ({"metrics": []}, "must be of one length, got 1, 1 and 0"),
+        ({"val_loss": [1.0, 2.0]}, "must be of one length, got 1, 2 and 1"),
         ({"loss": [10**400]}, "too large"),
         ({"num_steps": 2.0}, "`num_steps` must be a Python int"),
         ({"mode": "both"}, "`mode` must be one of"),

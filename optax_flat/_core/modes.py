@@ -49,6 +49,8 @@ class ForwardOnly(Protocol):
 class ScannedState(NamedTuple):
     """State of a walk in scanned mode."""
 
+    metrics = ("gradient_evaluations", "skipped")
+
     gradient_evaluations: jax.Array  # int32, [], gradients consumed so far
     skipped: jax.Array  # int32, [], outer updates skipped as non-finite
     memory: Any  # the walk's own state between outer updates
@@ -64,6 +66,8 @@ class TransparentState(NamedTuple):
     `step` is 0 exactly when an outer update was just made (or none yet): the moment to
     log, to save and to keep batch statistics.
     """
+
+    metrics = ("gradient_evaluations", "skipped")
 
     gradient_evaluations: jax.Array  # int32, [], gradients consumed so far
     skipped: jax.Array  # int32, [], outer updates skipped as non-finite
@@ -426,14 +430,7 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "`eval_params` takes the optimizer's state first: eval_params(opt_state, "
             "params). The second argument holds an optimizer state: swap the two."
         )
-    for place, node in _without_class(opt_state):
-        raise ValueError(
-            "`eval_params` needs the optimizer's state with its classes, for they tell "
-            f"the params of a walk from others, got {type(node).__name__} at {place}. "
-            "Pass the state that `init` and `update` return; restore it from a file "
-            "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
-            "`opt_state` itself. A state of your own should be a NamedTuple."
-        )
+    check_classes("eval_params", opt_state)
     arrays = plain(params)
     try:
         there = evaluated(plain(opt_state), arrays)
@@ -448,6 +445,18 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     if there is arrays:
         return params
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(there))
+
+
+def check_classes(user: str, opt_state: optax.OptState) -> None:
+    """Raises where a state has lost the class that says what it is."""
+    for place, node in _without_class(opt_state):
+        raise ValueError(
+            f"`{user}` needs the optimizer's state with its classes, for they tell "
+            f"what its numbers are, got {type(node).__name__} at {place}. "
+            "Pass the state that `init` and `update` return; restore it from a file "
+            "with a new one, tx.init(params), as target; pass an nnx.Optimizer's "
+            "`opt_state` itself. A state of your own should be a NamedTuple."
+        )
 
 
 def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, Any]]:

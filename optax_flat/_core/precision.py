@@ -45,6 +45,8 @@ class MasterWeightsState(NamedTuple):
 class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     inner_state: optax.OptState

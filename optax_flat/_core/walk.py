@@ -41,7 +41,7 @@ class Walk(NamedTuple):
     gives its memory a field `offset`, a tree like the params: anchor minus first point
     of the next walk. `eval_params` reads it. One whose gradients all belong to one
     minibatch gives it a class attribute ``one_minibatch = True``, which
-    `make_train_step` reads.
+    `make_train_step` reads. What is for logs stands in another, see `metrics`.
 
     Example:
       Gradient descent with the mean of three gradients, each taken one small step

@@ -29,6 +29,8 @@ from optax_flat._core.noise import KINDS, draw
 class AntiPGDState(NamedTuple):
     """State of `anti_pgd`."""
 
+    metrics = ("count", "noise")
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     noise: jax.Array  # float, [], the deviation of the draw in the params; 0 at first

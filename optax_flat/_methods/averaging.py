@@ -26,6 +26,8 @@ from optax_flat._core.hyperparams import at
 class RunningAverageState(NamedTuple):
     """State of `swa` and `ema_weights`."""
 
+    metrics = ("count", "weight")
+
     count: jax.Array  # int32, [], outer updates made
     weight: jax.Array  # [], of all points averaged so far; 0 before the first
     average: optax.Params  # at least float32
@@ -40,6 +42,8 @@ class RunningAverageState(NamedTuple):
 
 class LawaState(NamedTuple):
     """State of `lawa`."""
+
+    metrics = ("count", "taken")
 
     count: jax.Array  # int32, [], outer updates made
     taken: jax.Array  # int32, [], checkpoints taken

@@ -38,6 +38,7 @@ class BSAMArguments(LoopArguments, KeyArgument):
 class BSAMState(NamedTuple):
     """What lives between outer updates; the trees have at least float32."""
 
+    metrics = ("count",)
     one_minibatch = True  # all draws may share it; `make_train_step` reads this
 
     count: jax.Array  # int32, [], outer updates made

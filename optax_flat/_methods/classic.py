@@ -25,12 +25,16 @@ from optax_flat._core.hyperparams import at
 class AdagradState(NamedTuple):
     """State of `adagrad`."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], updates made
     nu: optax.Updates  # G, sum of squared gradients, at least float32
 
 
 class AdadeltaState(NamedTuple):
     """State of `adadelta`."""
+
+    metrics = ("count",)
 
     count: jax.Array  # int32, [], updates made
     nu: optax.Updates  # E, mean of squared gradients, at least float32
@@ -39,6 +43,8 @@ class AdadeltaState(NamedTuple):
 
 class ClipByLeafNormState(NamedTuple):
     """State of `clip_by_leaf_norm`."""
+
+    metrics = ("count",)
 
     count: jax.Array  # int32, [], updates made
 

@@ -26,6 +26,8 @@ from optax_flat._core.hyperparams import at
 class CoolMomentumState(NamedTuple):
     """State of `coolmomentum`."""
 
+    metrics = ("count", "temperature")
+
     count: jax.Array  # int32, [], updates made
     mu: optax.Updates  # dx, the last step downhill, at least float32
 

@@ -41,6 +41,8 @@ _REPLACE, _NOISE, _FRESH, _FIRST = 0, 1, 2, 2**32 - 1
 class EnsembleKalmanState(NamedTuple):
     """State of `ensemble_kalman`. The members are the params plus the deviations."""
 
+    metrics = ("count", "forward_passes", "replaced", "skipped")
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far

@@ -30,6 +30,8 @@ from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 class EntropyMCMCState(NamedTuple):
     """State of `entropy_mcmc`."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     anchor: optax.Params  # the second chain, at least float32

@@ -24,6 +24,8 @@ from optax_flat._core.hyperparams import at
 class FunctionalSAMState(NamedTuple):
     """State of `functional_sam`."""
 
+    metrics = ("count", "gradient_evaluations", "forward_passes")
+
     count: jax.Array  # int32, [], updates made
     gradient_evaluations: jax.Array  # int32, [], passes backward so far
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far

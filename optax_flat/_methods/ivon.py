@@ -37,6 +37,7 @@ class IVONArguments(LoopArguments, KeyArgument):
 class IVONState(NamedTuple):
     """What lives between outer updates; the trees have at least float32."""
 
+    metrics = ("count",)
     one_minibatch = True  # all draws may share it; `make_train_step` reads this
 
     count: jax.Array  # int32, [], outer updates made

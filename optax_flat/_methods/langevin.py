@@ -36,12 +36,16 @@ from optax_flat._core.noise import KINDS, draw
 class LangevinNoiseState(NamedTuple):
     """State of `add_langevin_noise` and `sgld`."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
 
 
 class PSGLDState(NamedTuple):
     """State of `psgld`."""
+
+    metrics = ("count",)
 
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
@@ -50,6 +54,8 @@ class PSGLDState(NamedTuple):
 
 class SGHMCState(NamedTuple):
     """State of `sghmc`."""
+
+    metrics = ("count",)
 
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count

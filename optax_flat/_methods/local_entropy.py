@@ -96,6 +96,14 @@ class LocalEntropyArguments(WalkArguments, LoopArguments, KeyArgument):
 class Diagnostics(NamedTuple):
     """What the authors' code prints in verbose mode, for the last outer update."""
 
+    metrics = (
+        "gradient_norm",
+        "local_entropy_gradient_norm",
+        "cosine",
+        "mean_distance",
+        "gamma",
+    )
+
     gradient_norm: jax.Array  # [], ||g||, the first gradient of the walk
     local_entropy_gradient_norm: jax.Array  # [], ||d||, d = x - mu
     cosine: jax.Array  # [], <g, d> / (||g|| ||d||), 0 if either is zero
@@ -105,6 +113,8 @@ class Diagnostics(NamedTuple):
 
 class LocalEntropyState(NamedTuple):
     """What lives between outer updates."""
+
+    metrics = ("count",)
 
     count: jax.Array  # int32, [], outer updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the counts

@@ -29,6 +29,7 @@ from optax_flat._core.walk import Walk
 class LookbehindSAMState(NamedTuple):
     """What lives between outer updates."""
 
+    metrics = ("count",)
     one_minibatch = True  # all gradients belong to it; `make_train_step` reads this
 
     count: jax.Array  # int32, [], outer updates made

@@ -29,6 +29,8 @@ THRESHOLD = 0.51
 class LossSlopeState(NamedTuple):
     """State of `scale_by_loss_slope`."""
 
+    metrics = ("count", "scale")
+
     count: jax.Array  # int32, [], updates made
     scale: jax.Array  # [], what updates are multiplied by
     losses: jax.Array  # [patience], a ring

@@ -25,6 +25,7 @@ from optax_flat._core.walk import Walk
 class MomentumSAMState(NamedTuple):
     """What lives between updates."""
 
+    metrics = ("count",)
     one_minibatch = True  # there is but one gradient; `make_train_step` reads this
 
     count: jax.Array  # int32, [], updates made

@@ -35,6 +35,8 @@ RULES = {
 class MultipointNesterovState(NamedTuple):
     """What lives between outer updates."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], outer updates made
     mu: optax.Updates  # v, the last step downhill, at least float32
     offset: optax.Updates  # theta minus the first node of the next update

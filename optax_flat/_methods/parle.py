@@ -36,6 +36,8 @@ from optax_flat._methods import local_entropy as walks
 class ElasticAveragingState(NamedTuple):
     """What lives between updates."""
 
+    metrics = ("count",)
+
     count: jax.Array  # int32, [], updates made
     # c - x_a, at least float32. The center itself would be the same for all replicas,
     # and would be kept n times on every device.

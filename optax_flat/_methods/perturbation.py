@@ -27,6 +27,8 @@ from optax_flat._core.noise import KINDS, draw
 class PerturbationGradientState(NamedTuple):
     """State of `perturbation_gradient`."""
 
+    metrics = ("count", "forward_passes", "replaced")
+
     count: jax.Array  # int32, [], updates made
     key: jax.Array  # uint32, data of a key, constant: draws fold in the count
     forward_passes: jax.Array  # int32, [], evaluations of the outputs so far

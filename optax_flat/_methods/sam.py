@@ -57,6 +57,7 @@ class SAMArguments(_OwnArguments, LoopArguments):
 class SAMState(NamedTuple):
     """What lives between outer updates."""
 
+    metrics = ("count",)
     one_minibatch = True  # both gradients belong to it; `make_train_step` reads this
 
     count: jax.Array  # int32, [], outer updates made

@@ -27,6 +27,7 @@ from optax_flat._core.walk import Walk
 class SAMPaState(NamedTuple):
     """What lives between outer updates."""
 
+    metrics = ("count",)
     one_minibatch = True  # both gradients belong to it; `make_train_step` reads this
 
     count: jax.Array  # int32, [], outer updates made

@@ -3,12 +3,16 @@
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from optax_flat._core import checks, extras, modes
+from optax_flat.training.logs import CSVLog, TensorBoardLog
+
+LOSSES = ("loss", "val_loss", "eff_loss", "eff_val_loss")
 
 
 class History:
@@ -32,6 +36,10 @@ class History:
         "scanned" if it makes one update, L gradients, per minibatch.
       path: JSON file to write after every epoch, or None. If it is a symbolic link, the
         file that it points to is written.
+      csv: table for spreadsheets and pandas to write as well, a line per epoch, or
+        None.
+      tensorboard: folder for TensorBoard's event file, a step per epoch, or None (needs
+        the extra `tensorboard`).
       total_epochs: length of the progress line, or None for an open end.
       progress: whether to show a progress line (needs the extra `progress`).
       label: name of the run in the progress line.
@@ -40,6 +48,7 @@ class History:
     Attributes:
       loss, val_loss: one float per recorded epoch; NaN where none was given.
       eff_loss, eff_val_loss: one float per completed effective epoch.
+      metrics: one dictionary per recorded epoch; empty where none was given.
 
     Example:
       >>> from optax_flat.training import History
@@ -61,6 +70,8 @@ class History:
         *,
         mode: str = "transparent",
         path: str | os.PathLike[str] | None = None,
+        csv: str | os.PathLike[str] | None = None,
+        tensorboard: str | os.PathLike[str] | None = None,
         total_epochs: int | None = None,
         progress: bool = False,
         label: str = "",
@@ -72,7 +83,14 @@ class History:
         self.stop = stop
         self.loss: list[float] = []
         self.val_loss: list[float] = []
-        self._written = 0  # epochs in the file, 0 if this object has not written it
+        self.metrics: list[dict[str, float]] = []
+        self._written = 0  # epochs in the files, 0 if this object has not written them
+        self._names: set[str] = set()  # of the metrics there
+        self._logs: list[CSVLog | TensorBoardLog] = []
+        if csv is not None:
+            self._logs.append(CSVLog(csv, LOSSES))
+        if tensorboard is not None:
+            self._logs.append(TensorBoardLog(tensorboard))
         self._bar = _progress_bar(total_epochs, label) if progress else None
 
     @property
@@ -90,24 +108,34 @@ class History:
         """Mean validation loss of each completed effective epoch."""
         return self._effective(self.val_loss)
 
-    def record(self, loss: Any, val_loss: Any = None) -> None:
+    def record(
+        self,
+        loss: Any,
+        val_loss: Any = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
         """Adds one epoch.
 
         Args:
           loss: mean training loss of the epoch, a scalar.
           val_loss: validation loss at its end, a scalar, or None.
+          metrics: more scalars by name, such as ``optax_flat.metrics(opt_state)``, or
+            None.
 
         Raises:
           TypeError: something that is no scalar. It is not recorded.
+          ValueError: a metric that has the name of a loss. It is not recorded.
           FloatingPointError: the training loss is NaN or infinite, and `stop` is on. It
             is recorded, and the file written, before.
         """
         new_loss = _scalar("loss", loss)
         new_val_loss = math.nan if val_loss is None else _scalar("val_loss", val_loss)
+        new_metrics = _scalars(metrics or {})
+        del self.metrics[len(self.loss) :]  # of epochs that were taken back
         self.loss.append(new_loss)
         self.val_loss.append(new_val_loss)
-        if self.path is not None:
-            self._write_epoch(self.path)
+        self.metrics.append(new_metrics)
+        self._write_epoch()
         if self._bar is not None:
             shown = {"loss": f"{self.loss[-1]:.4g}"}
             if val_loss is not None:
@@ -156,21 +184,49 @@ class History:
             "eff_loss": _to_json(self.eff_loss),
             "eff_val_loss": _to_json(self.eff_val_loss),
         }
+        if any(self.metrics):
+            content["metrics"] = [_to_json_by_name(row) for row in self.metrics]
         try:
             _write(temporary, "wb", json.dumps(content, indent=1, allow_nan=False))
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _write_epoch(self, path: Path) -> None:
-        """The last epoch as a line behind the object, which is written at the first."""
+    def _write_epoch(self) -> None:
+        """The last epoch into all files; all epochs if they are not those before it."""
         before, self._written = self._written, 0  # if this fails, all is written anew
-        if before and before == len(self.loss) - 1 and path.is_file():
-            line = json.dumps(_to_json([self.loss[-1], self.val_loss[-1]]))
-            _write(path, "ab", line)
-        else:
-            self.save(path)
+        new_names = not self.metrics[-1].keys() <= self._names
+        anew = not before or before != len(self.loss) - 1 or new_names
+        if anew:
+            self._names = {name for row in self.metrics for name in row}
+        if self.path is not None and (anew or not self.path.is_file()):
+            self.save(self.path)
+        elif self.path is not None:
+            # A line behind the object, with metrics where there are any.
+            more = [_to_json_by_name(row) for row in self.metrics[-1:] if row]
+            line = [*_to_json([self.loss[-1], self.val_loss[-1]]), *more]
+            _write(self.path, "ab", json.dumps(line))
+        first = 1 if anew else len(self.loss)
+        for log in self._logs:
+            log.write([self._row(i) for i in range(first, len(self.loss) + 1)], first)
         self._written = len(self.loss)
+
+    def _row(self, epoch: int) -> dict[str, float]:
+        """All numbers of an epoch by name; those of an effective one at its end.
+
+        A validation loss of NaN, as where none was given, is left out.
+        """
+        per = self.epochs_per_effective_epoch
+        row = {
+            "loss": self.loss[epoch - 1],
+            "val_loss": self.val_loss[epoch - 1],
+        }
+        if epoch % per == 0:
+            whole = slice(epoch - per, epoch)
+            (row["eff_loss"],) = self._effective(self.loss[whole])
+            (row["eff_val_loss"],) = self._effective(self.val_loss[whole])
+        given = {k: v for k, v in row.items() if "val" not in k or not math.isnan(v)}
+        return given | self.metrics[epoch - 1]
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], /, **kwargs: Any) -> "History":
@@ -189,21 +245,24 @@ class History:
         """
         source = Path(path)
         try:
-            num_steps, mode, loss, val_loss = _read(source.read_text())
+            num_steps, mode, loss, val_loss, metrics = _read(source.read_text())
         except (OverflowError, TypeError, ValueError) as error:
             raise ValueError(f"{source} is not a History file: {error}") from error
         history = cls(num_steps, mode=mode, **{"path": source, **kwargs})
-        history.loss, history.val_loss = loss, val_loss
+        history.loss, history.val_loss, history.metrics = loss, val_loss, metrics
         if history._bar is not None:
             history._bar.update(len(history.loss))
         return history
 
     def close(self) -> None:
-        """Ends the progress line and writes the file, if there are any."""
+        """Ends the progress line and the files, if there are any."""
         if self._bar is not None:
             self._bar.close()
         if self.path is not None and self.loss:
             self.save(self.path)
+        for log in self._logs:
+            log.close()
+        self._written = 0
 
     def __enter__(self) -> "History":
         return self
@@ -235,6 +294,17 @@ def _scalar(name, value):
         ) from error
 
 
+def _scalars(metrics):
+    """Metrics as floats, under names that are not those of the losses."""
+    taken = {"epoch", *LOSSES} & set(metrics)
+    if taken:
+        raise ValueError(
+            f"`metrics` has {', '.join(sorted(taken))}, the name of a loss or of the "
+            "epoch, in which History keeps its own. Give it another."
+        )
+    return {k: _scalar(f"metrics[{k!r}]", value) for k, value in metrics.items()}
+
+
 def _write(path, how, text):
     """A line of text, on the disk before this returns."""
     with open(path, how) as file:
@@ -254,18 +324,23 @@ def _read(text):
         )
     # A kill may have cut the last line short; one that is whole ends in a line feed.
     lines = [json.loads(line) for line in text[end:].split("\n")[1:-1]]
-    if not all(isinstance(line, list) and len(line) == 2 for line in lines):
-        raise ValueError("behind the object, every line must be [loss, val_loss].")
+    if not all(isinstance(line, list) and len(line) in (2, 3) for line in lines):
+        raise ValueError(
+            "behind the object, every line must be [loss, val_loss], with metrics or "
+            "without."
+        )
     loss = _from_json("loss", content["loss"], [line[0] for line in lines])
     val_loss = _from_json("val_loss", content["val_loss"], [line[1] for line in lines])
-    if len(loss) != len(val_loss):
+    rows = content.get("metrics", [{}] * (len(loss) - len(lines)))
+    metrics = _rows_from_json(rows, [(*line, {})[2] for line in lines])
+    if not len(loss) == len(val_loss) == len(metrics):
         raise ValueError(
-            f"`loss` and `val_loss` must be of one length, got {len(loss)} and "
-            f"{len(val_loss)}."
+            f"`loss`, `val_loss` and `metrics` must be of one length, got {len(loss)}, "
+            f"{len(val_loss)} and {len(metrics)}."
         )
     num_steps = checks.integer("num_steps", content["num_steps"], 1)
     mode = checks.choice("mode", content["mode"], modes.MODES)
-    return num_steps, mode, loss, val_loss
+    return num_steps, mode, loss, val_loss, metrics
 
 
 _NOT_FINITE = ("nan", "inf", "-inf")
@@ -274,6 +349,21 @@ _NOT_FINITE = ("nan", "inf", "-inf")
 def _to_json(values):
     # JSON has no NaN or infinity; strings survive every reader, and float() reads them.
     return [v if math.isfinite(v) else str(v) for v in values]
+
+
+def _to_json_by_name(row):
+    return dict(zip(row, _to_json(row.values()), strict=True))
+
+
+def _rows_from_json(rows, more):
+    if not isinstance(rows, list) or not all(isinstance(r, dict) for r in rows + more):
+        raise ValueError(
+            f"`metrics` must be a list of objects, one per epoch, got {str(rows)[:80]}."
+        )
+    return [
+        dict(zip(row, _from_json("metrics", list(row.values()), []), strict=True))
+        for row in rows + more
+    ]
 
 
 def _from_json(name, values, more):
