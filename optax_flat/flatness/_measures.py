@@ -73,7 +73,7 @@ class Run:
         key: jax.Array,
         settings: Settings,
         *,
-        fast_convolutions: bool = True,
+        fast_convolutions: bool,
     ):
         self.found, self.params = _points.prepare(loss_fn, params, batches)
         self.loss_fn = loss_fn
