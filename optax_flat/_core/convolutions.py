@@ -149,7 +149,7 @@ def _convolution(eqn: JaxprEqn) -> JaxprEqn:
     numbers = eqn.params["dimension_numbers"]
     if numbers == _fast_layout(len(numbers.lhs_spec)):
         return eqn
-    if _is_sharded(eqn.params["out_sharding"]):
+    if _is_sharded(eqn.params.get("out_sharding")):
         return eqn
     operands = [operand.aval for operand in eqn.invars]
     trace = jax.make_jaxpr(_convolve, static_argnums=2)
