@@ -17,7 +17,7 @@ Adam at 1e-3; both are divided by 10 after 50 % and 75 %. Entropy-SGD has what i
 authors used for CIFAR-10, but for shorter walks (theirs have L = 20) and for the decay:
 step 0.1, Nesterov momentum 0.9, gamma 0.03, scoping 1e-3, noise 1e-4 (random signs),
 and the outer rate 1, divided by 5 after 30 % and 60 %. It runs in transparent mode,
-because convolutions are slow inside `lax.scan` on CPUs. Weight decay is 5e-4 for all
+which gives a loss for every gradient. Weight decay is 5e-4 for all
 methods, an L2 penalty of all params: it is added to every gradient.
 
 Running averages of the batch statistics lag behind the params, and those of a walk
@@ -255,7 +255,7 @@ def evaluate(network, some_images, state, images, labels) -> tuple[float, float]
     batch_stats = statistics(network, params, some_images)
     variables = {"params": params, "batch_stats": batch_stats}
     total = 0.0
-    # Not `lax.map`: convolutions are slow inside loops on CPUs.
+    # Not `lax.map`: the last chunk may be shorter.
     for first in range(0, len(images), CHUNK):
         chunk = slice(first, first + CHUNK)
         total += sums(network, variables, images[chunk], labels[chunk])

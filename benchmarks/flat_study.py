@@ -192,7 +192,7 @@ def initial(key: jax.Array, network: str) -> Any:
 def patches(x: jax.Array) -> jax.Array:
     """3x3 patches with stride 2, [B, H, W, C] -> [B, H', W', 9 C].
 
-    Slices: a convolution is several times slower in a loop on a CPU.
+    Slices, and so a product of matrices behind them.
     """
     height, width = (size - 2 for size in x.shape[1:3])
     corners = itertools.product(range(3), range(3))

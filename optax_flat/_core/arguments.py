@@ -81,7 +81,16 @@ class LoopArguments(TypedDict, total=False):
         int | bool,
         Argument(
             1,
-            "scanned mode only, as in `jax.lax.scan`; True for convolutions on CPU.",
+            "scanned mode only, as in `jax.lax.scan`.",
+        ),
+    ]
+    fast_convolutions: Annotated[
+        bool,
+        Argument(
+            True,
+            "scanned mode only: whether convolutions in the loop are given the layout "
+            "that is fast on a CPU, see `optax_flat.training.fast_convolutions`. Other "
+            "platforms are never affected.",
         ),
     ]
     has_aux: Annotated[

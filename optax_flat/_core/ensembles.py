@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_flat._core import trees
+from optax_flat._core import convolutions, trees
 from optax_flat._core.modes import states
 
 
@@ -71,10 +71,16 @@ def check_functions(params: Any, **functions: Any) -> None:
 
 
 def in_dtype_of(
-    output_fn: Callable[[optax.Params], Any], params: optax.Params
+    output_fn: Callable[[optax.Params], Any],
+    params: optax.Params,
+    fast_convolutions: bool,
 ) -> Callable[[optax.Params], Any]:
     """`output_fn` of params that are given in the accumulators' dtype."""
-    return lambda point: output_fn(trees.cast_like(point, params))
+
+    def evaluated(point):
+        return output_fn(trees.cast_like(point, params))
+
+    return convolutions.fast_if(fast_convolutions, evaluated)
 
 
 def flat(outputs: Any, leading: int = 0) -> jax.Array:

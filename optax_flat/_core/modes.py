@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, layout, trees
+from optax_flat._core import checks, convolutions, layout, trees
 from optax_flat._core.arguments import LoopArguments
 from optax_flat._core.walk import Walk
 
@@ -133,6 +133,7 @@ def scanned(
     *,
     inner_transform: optax.GradientTransformation | None = None,
     unroll: int | bool = 1,
+    fast_convolutions: bool = True,
     has_aux: bool = False,
     skip_nonfinite: bool = False,
     num_groups: int = 1,
@@ -152,9 +153,6 @@ def scanned(
     gradients all belong to one minibatch takes a stack of that one. Extra arguments
     that are not ours are ignored.
 
-    On the CPU backend a convolution inside `lax.scan` runs several times slower than
-    outside; `unroll=True` avoids the loop at the price of a longer compilation.
-
     Args:
       walk: the method.
       inner_transform: a transformation applied to *every* gradient of the walk, the
@@ -163,6 +161,9 @@ def scanned(
         every outer update, and so do its schedules and its noise. (A transformation
         chained in front reaches only the gradient given to `update`.)
       unroll: as in `jax.lax.scan`.
+      fast_convolutions: whether convolutions in the loop are given the layout that is
+        fast on a CPU, see `optax_flat.training.fast_convolutions`. Other platforms are
+        never affected.
       has_aux: whether `grad_fn` is `(point, batch, aux) -> (grads, aux)` even where
         `update` is given no `aux`; it always is where there is one. `aux` (batch
         statistics, dropout keys) is threaded through the scan and dropped at its end,
@@ -190,6 +191,7 @@ def scanned(
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
     unroll = checks.unrolling(unroll)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     num_groups = checks.integer("num_groups", num_groups, 1)
 
     def grouped(function, *axes):
@@ -259,6 +261,7 @@ def scanned(
                 batches,
                 length=walk.length - 1,
                 unroll=unroll,
+                fast_convolutions=fast_convolutions,
             )
         inner, _, finite = progress
         if num_groups > 1:
@@ -534,7 +537,8 @@ def build(
     checks.float_dtype("accumulator_dtype", loop["accumulator_dtype"])
     in_both = {name: loop[name] for name in ("inner_transform", "skip_nonfinite")}
     if checks.choice("mode", loop["mode"], MODES) == "scanned":
-        in_scanned = {name: loop[name] for name in ("unroll", "has_aux")}
+        names = ("unroll", "fast_convolutions", "has_aux")
+        in_scanned = {name: loop[name] for name in names}
         return scanned(walk, num_groups=num_groups, **in_scanned, **in_both)
     if checks.integer("num_groups", num_groups, 1) > 1:
         raise ValueError(
@@ -572,13 +576,14 @@ def _stay(progress, aux, batch):
     return progress, aux
 
 
-def _loop(body, carry, xs, *, length, unroll):
+def _loop(body, carry, xs, *, length, unroll, fast_convolutions):
     """`jax.lax.scan` without outputs; Python's loop for one step, or untraced.
 
     Where nothing is traced a scan would be compiled anew at every call, because `body`
-    is a new function. A single step needs no loop, and convolutions run faster.
+    is a new function. A single step needs no loop.
     """
     if length > 1 and trees.is_traced((carry, xs)):
+        body = convolutions.fast_if(fast_convolutions, body)
         return jax.lax.scan(body, carry, xs, length=length, unroll=unroll)[0]
     for i in range(length):
         carry, _ = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))

@@ -129,6 +129,7 @@ def ensemble_kalman(
     resample: int | None = None,
     noise_covariance: Any = None,
     batch_size: int | None = None,
+    fast_convolutions: bool = True,
     output_axis_name: str | None = None,
     sharding: jax.sharding.NamedSharding | None = None,
     key: jax.typing.ArrayLike,
@@ -199,6 +200,9 @@ def ensemble_kalman(
         [M], or a matrix [M, M], for M outputs in the order of their leaves.
       batch_size: how many members are evaluated at a time, which bounds the memory;
         None is all of them. It must divide the ensemble (of one device).
+      fast_convolutions: whether convolutions of the model are given the layout that is
+        fast on a CPU, see `optax_flat.training.fast_convolutions`. Other platforms are
+        never affected.
       output_axis_name: inside `jax.shard_map`, the axis over which the examples are
         spread, with `loss_fn` the mean over those of one device.
       sharding: a `NamedSharding` with one axis name, over which the members are spread.
@@ -254,6 +258,7 @@ def ensemble_kalman(
         resample = checks.integer("resample", resample, 1)
     members = _members(ensemble_size, sharding)
     batch_size = checks.chunk("batch_size", batch_size, ensemble_size // members.shards)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     _check_covariance(noise_covariance, output_axis_name)
     _check_axes(output_axis_name, sharding)
     numbers = {"step_size": step_size, "output_noise": output_noise}
@@ -276,13 +281,23 @@ def ensemble_kalman(
         momentum=momentum,
         resample=resample,
         batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
         sharding=sharding,
         key=checks.key(key),
     )
 
 
 def _transformation(
-    members, weights_of, fresh, *, momentum, resample, batch_size, sharding, key
+    members,
+    weights_of,
+    fresh,
+    *,
+    momentum,
+    resample,
+    batch_size,
+    fast_convolutions,
+    sharding,
+    key,
 ):
     extrapolates = not (isinstance(momentum, int | float) and momentum == 0)
     shards: Any = jax.P(members.axis)
@@ -316,7 +331,7 @@ def _transformation(
         del updates, extra_args
         checks.float_params(params)
         ensembles.check_functions(params, output_fn=output_fn)
-        evaluated = ensembles.in_dtype_of(output_fn, params)
+        evaluated = ensembles.in_dtype_of(output_fn, params, fast_convolutions)
         layout.check(init, state, params)
         weigh = weights_of(loss_fn, target)
 

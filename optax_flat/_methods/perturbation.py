@@ -94,6 +94,7 @@ def perturbation_gradient(
     noise_kind: str = "rademacher",
     antithetic: bool = False,
     batch_size: int | None = None,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Feeds a gradient estimated from forward passes to any Optax optimizer.
@@ -128,6 +129,9 @@ def perturbation_gradient(
         terms of second order cancel.
       batch_size: how many perturbed models are evaluated at a time; None is all of
         them. It must divide `ensemble_size` and bounds the memory.
+      fast_convolutions: whether convolutions of the model are given the layout that is
+        fast on a CPU, see `optax_flat.training.fast_convolutions`. Other platforms are
+        never affected.
       key: a typed or raw PRNG key, or an int.
 
     Returns:
@@ -181,6 +185,7 @@ def perturbation_gradient(
     batch_size = checks.chunk("batch_size", batch_size, ensemble_size)
     checks.choice("noise_kind", noise_kind, KINDS)
     antithetic = checks.flag("antithetic", antithetic)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     ensembles.check_spread(spread)
     key = checks.key(key)
 
@@ -210,7 +215,7 @@ def perturbation_gradient(
         x = trees.accumulator(params)
         s = ensembles.deviations_like(spread, x)
         update_key = keys.fold_in(state.key, state.count, key)
-        evaluated = ensembles.in_dtype_of(output_fn, params)
+        evaluated = ensembles.in_dtype_of(output_fn, params, fast_convolutions)
         outputs, output_grads = _outputs(evaluated, loss_fn, x)
 
         def term(member):

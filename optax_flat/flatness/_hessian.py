@@ -14,7 +14,7 @@ import optax
 from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, convolutions, trees
 from optax_flat.flatness import _batches, _progress
 
 
@@ -29,11 +29,15 @@ class Hessian(NamedTuple):
     opaque: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def product(loss_fn, params, vector, batch):
+@functools.partial(jax.jit, static_argnames=("loss_fn", "fast_convolutions"))
+def product(loss_fn, fast_convolutions, params, vector, batch):
     """The Hessian on one batch times a vector: forward over reverse."""
     grad = jax.grad(loss_fn)
-    return jax.jvp(lambda p: grad(p, batch), (params,), (vector,))[1]
+
+    def times(params, vector, batch):
+        return jax.jvp(lambda p: grad(p, batch), (params,), (vector,))[1]
+
+    return convolutions.fast_if(fast_convolutions, times)(params, vector, batch)
 
 
 def run(
@@ -45,6 +49,7 @@ def run(
     key: Any,
     settings: tuple[Any, ...],
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Any:
     """``program(hessian, key, *settings)``, with checked arguments.
 
@@ -53,14 +58,16 @@ def run(
     """
     checks.float_params(params)
     key = checks.key(key)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     params = trees.accumulator(params)
     batches = _batches.as_batches(batches)
     _batches.check_deterministic(loss_fn, params, batches)
     if not batches.many:
         return _compiled(
-            program, loss_fn, settings, params=params, batch=batches.first, key=key
-        )
-    hessian = _hessian(loss_fn, params, batches)
+            program, loss_fn, settings, fast_convolutions,
+            params=params, batch=batches.first, key=key,
+        )  # fmt: skip
+    hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     if _batches.is_traced(params, batches.first, batches.all, key):
         return _call(program, hessian, key, settings)  # in the caller's program
     with (
@@ -71,21 +78,24 @@ def run(
         return _call(program, hessian, key, settings)
 
 
-def _hessian(loss_fn, params, batches) -> Hessian:
+def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
     flat, unravel = ravel_pytree(params)
     users = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
 
     def matvec(vector):
-        one_batch = functools.partial(product, loss_fn, params, unravel(vector))
+        one_batch = functools.partial(
+            product, loss_fn, fast_convolutions, params, unravel(vector)
+        )
         with jax.default_matmul_precision(users):
             return ravel_pytree(_batches.mean_over(batches, one_batch))[0]
 
     return Hessian(matvec, flat.size, flat.dtype, unravel, opaque=lambda fn: fn)
 
 
-@functools.partial(jax.jit, static_argnames=("program", "loss_fn", "settings"))
-def _compiled(program, loss_fn, settings, *, params, batch, key):
-    hessian = _hessian(loss_fn, params, _batches.Batches(False, batch, (batch,)))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _compiled(program, loss_fn, settings, fast_convolutions, *, params, batch, key):
+    batches = _batches.Batches(False, batch, (batch,))
+    hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     return _call(program, hessian, key, settings)
 
 

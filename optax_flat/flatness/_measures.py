@@ -72,13 +72,23 @@ class Run:
         batches: Any,
         key: jax.Array,
         settings: Settings,
+        *,
+        fast_convolutions: bool,
     ):
         self.found, self.params = _points.prepare(loss_fn, params, batches)
-        self.point = (loss_fn, self.params, self.found)  # checked once for all
+        self.loss_fn = loss_fn
+        self.fast_convolutions = fast_convolutions
         self.size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         self.key = key
         self.settings = settings
         self.spent = Cost()
+
+    def at_point(self, measure: Callable[..., Any], **settings: Any) -> Any:
+        """A function of this package on the arguments, which are checked once."""
+        return measure(
+            self.loss_fn, self.params, self.found,
+            fast_convolutions=self.fast_convolutions, **settings,
+        )  # fmt: skip
 
     def spend(self, *, hvps: int = 0, gradients: int = 0, forward_passes: int = 0):
         """Adds passes over all batches."""
@@ -93,7 +103,7 @@ class Run:
     def loss_and_gradient(self) -> tuple[jax.Array, Any]:
         """For the loss and for the norm of the gradient."""
         self.spend(gradients=1)
-        at = functools.partial(_points.value_and_grad, loss_fn=self.point[0])
+        at = functools.partial(_points.value_and_grad, loss_fn=self.loss_fn)
         return _batches.mean_over(self.found, at, self.params)
 
     @functools.cached_property
@@ -147,8 +157,8 @@ def _eigenvalues(run, name, which, k):
     settings = run.settings
     num_matvecs = min(settings.num_matvecs, run.size)
     run.spend(hvps=k * (num_matvecs + 1))
-    return top_eigenvalues(
-        *run.point, k=k, which=which, num_matvecs=num_matvecs,
+    return run.at_point(
+        top_eigenvalues, k=k, which=which, num_matvecs=num_matvecs,
         key=measure_key(run.key, name),
     )  # fmt: skip
 
@@ -160,29 +170,31 @@ def _smallest_eigenvalue(run, name):
 def _by_signs(run, name, estimate):
     num_samples = run.settings.num_samples
     run.spend(hvps=num_samples)
-    return estimate(*run.point, num_samples=num_samples, key=measure_key(run.key, name))
+    return run.at_point(
+        estimate, num_samples=num_samples, key=measure_key(run.key, name)
+    )
 
 
 def _spectral_density(run, name):
     settings = run.settings
     num_matvecs = min(settings.num_matvecs, run.size)
     run.spend(hvps=settings.num_draws * num_matvecs)
-    return spectral_density(
-        *run.point, num_matvecs=num_matvecs, num_samples=settings.num_draws,
+    return run.at_point(
+        spectral_density, num_matvecs=num_matvecs, num_samples=settings.num_draws,
         key=measure_key(run.key, name),
     )  # fmt: skip
 
 
 def _sam_step(run, name):
     run.spend(gradients=1, forward_passes=1)
-    return sharpness(*run.point, rho=run.settings.rho)
+    return run.at_point(sharpness, rho=run.settings.rho)
 
 
 def _ascent(run, name, rho, adaptive):
     num_steps = run.settings.ascent_steps
     run.spend(gradients=num_steps, forward_passes=2)  # at the params and at the end
-    return sharpness(
-        *run.point, rho=rho, adaptive=adaptive, num_steps=num_steps,
+    return run.at_point(
+        sharpness, rho=rho, adaptive=adaptive, num_steps=num_steps,
         key=measure_key(run.key, name),
     )  # fmt: skip
 
@@ -191,8 +203,8 @@ def _average(run, name):
     num_samples = run.settings.num_samples
     run.spend(forward_passes=2 * num_samples + 1)
     radius = run.settings.sigma * run.size**0.5
-    return sharpness(
-        *run.point, rho=radius, kind="average", num_samples=num_samples,
+    return run.at_point(
+        sharpness, rho=radius, kind="average", num_samples=num_samples,
         batch_size=run.settings.batch_size, key=measure_key(run.key, name),
     )  # fmt: skip
 
@@ -201,16 +213,16 @@ def _m_sharpness(run, name):
     settings = run.settings
     # Each shard makes its own share of a pass.
     run.spend(gradients=1, forward_passes=1)
-    return sharpness(
-        *run.point, rho=settings.rho, m=settings.m, batch_size=settings.batch_size
+    return run.at_point(
+        sharpness, rho=settings.rho, m=settings.m, batch_size=settings.batch_size
     )
 
 
 def _local_energy(run, name):
     settings = run.settings
     run.spend(forward_passes=2 * settings.num_samples + 1)
-    return local_energy(
-        *run.point, sigma=settings.sigma, num_samples=settings.num_samples,
+    return run.at_point(
+        local_energy, sigma=settings.sigma, num_samples=settings.num_samples,
         batch_size=settings.batch_size, key=measure_key(run.key, name),
     )  # fmt: skip
 
@@ -221,8 +233,8 @@ def _local_entropy(run, name):
     run.spend(
         gradients=2 * (settings.entropy_steps - 1) * chains, forward_passes=chains + 1
     )
-    return local_entropy(
-        *run.point, gamma=settings.gamma, temperature=settings.temperature,
+    return run.at_point(
+        local_entropy, gamma=settings.gamma, temperature=settings.temperature,
         num_steps=settings.entropy_steps, num_chains=settings.num_samples,
         batch_size=settings.batch_size, key=measure_key(run.key, name),
     )  # fmt: skip
@@ -231,8 +243,8 @@ def _local_entropy(run, name):
 def _line(run, **direction):
     run.spend(forward_passes=LINE_POINTS)
     positions = np.linspace(-1.0, 1.0, LINE_POINTS)
-    return line(
-        *run.point, positions=positions, batch_size=run.settings.batch_size, **direction
+    return run.at_point(
+        line, positions=positions, batch_size=run.settings.batch_size, **direction
     )
 
 

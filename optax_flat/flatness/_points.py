@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, noise, trees
+from optax_flat._core import checks, convolutions, noise, trees
 from optax_flat.flatness._batches import (
     Batches,
     LossFn,
@@ -23,6 +23,8 @@ from optax_flat.flatness._batches import (
     mean_over,
 )
 from optax_flat.flatness.curvature import Estimate, estimate
+
+LOOP_ARGUMENTS = ("batch_size", "fast_convolutions")  # those of `mapped`
 
 
 def prepare(
@@ -62,8 +64,15 @@ def draw(key: jax.Array, like: Any, law: str) -> Any:
     return z
 
 
-def mapped(fn: Callable[[Any], Any], xs: Any, batch_size: int | None) -> Any:
+def mapped(
+    fn: Callable[[Any], Any],
+    xs: Any,
+    *,
+    batch_size: int | None,
+    fast_convolutions: bool,
+) -> Any:
     """`fn` of each entry of the leading axis, `batch_size` at a time; None is all."""
+    fn = convolutions.fast_if(fast_convolutions, fn)
     if batch_size is None:
         return jax.vmap(fn)(xs)
     return jax.lax.map(fn, xs, batch_size=batch_size)
@@ -107,7 +116,12 @@ def _jitted(fn, settings, w, batch, *args):
 
 
 def repeat(
-    body: Callable[[Any, Any], Any], carry: Any, xs: Any, batches: Batches
+    body: Callable[[Any, Any], Any],
+    carry: Any,
+    xs: Any,
+    batches: Batches,
+    *,
+    fast_convolutions: bool,
 ) -> Any:
     """``carry = body(carry, x)`` for each x, which may be none.
 
@@ -115,6 +129,7 @@ def repeat(
     """
     length = len(jax.tree.leaves(xs)[0])
     if length and (not batches.many or is_traced(carry, batches.all)):
+        body = convolutions.fast_if(fast_convolutions, body)
         return jax.lax.scan(lambda carry, x: (body(carry, x), None), carry, xs)[0]
     for i in range(length):
         carry = body(carry, jax.tree.map(lambda x, i=i: x[i], xs))
@@ -137,6 +152,7 @@ def average_rise(
     law: str,
     adaptive: bool,
     batch_size: int | None,
+    fast_convolutions: bool,
 ) -> Estimate:
     """The mean of f(w + e) - f(w) over e of a law, times `size` and the scale.
 
@@ -146,8 +162,9 @@ def average_rise(
     num_samples = checks.integer("num_samples", num_samples, 2)
     keys = jax.random.split(checks.key(key), num_samples)
     rises = functools.partial(
-        _rises, loss_fn=loss_fn, law=law, adaptive=adaptive, batch_size=batch_size
-    )
+        _rises, loss_fn=loss_fn, law=law, adaptive=adaptive, batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
+    )  # fmt: skip
     samples, loss = mean_over(batches, rises, w, size, keys)
     found = estimate(samples)
     rounding = jnp.finfo(loss.dtype).eps * jnp.abs(loss)
@@ -155,9 +172,9 @@ def average_rise(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("loss_fn", "law", "adaptive", "batch_size")
+    jax.jit, static_argnames=("loss_fn", "law", "adaptive", *LOOP_ARGUMENTS)
 )
-def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, batch_size):
+def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, **loop):
     """For each key the mean rise at w + e and w - e, [S]; and f(w), []."""
     unit = scale(w, adaptive)
 
@@ -170,4 +187,4 @@ def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, batch_size):
         return ((up - loss_at_w) + (down - loss_at_w)) / 2
 
     loss_at_w = loss(w)
-    return mapped(rise, keys, batch_size), loss_at_w
+    return mapped(rise, keys, **loop), loss_at_w

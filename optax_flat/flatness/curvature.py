@@ -31,7 +31,12 @@ def estimate(samples: jax.Array) -> Estimate:
 
 
 def hvp(
-    loss_fn: _batches.LossFn, params: optax.Params, batches: Any, vector: optax.Params
+    loss_fn: _batches.LossFn,
+    params: optax.Params,
+    batches: Any,
+    vector: optax.Params,
+    *,
+    fast_convolutions: bool = True,
 ) -> optax.Params:
     r"""The Hessian of the mean loss times a vector.
 
@@ -47,6 +52,8 @@ def hvp(
       params: where the Hessian is taken, any tree of floating-point arrays.
       batches: one batch, or a list or an iterator of many; see the module's text.
       vector: a tree like `params`.
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       H v, a tree like `params`, in at least float32 (in which it is also computed).
@@ -69,6 +76,7 @@ def hvp(
     References:
       Pearlmutter, Fast exact multiplication by the Hessian, Neural Computation 6, 1994.
     """
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     checks.float_params(params)
     checks.same_structure(
         "`vector`", vector, params, hint="Give one number for each of the params."
@@ -79,7 +87,7 @@ def hvp(
     vector = trees.cast_like(vector, params)
 
     def one_batch(params, vector, batch):
-        return _hessian.product(loss_fn, params, vector, batch)
+        return _hessian.product(loss_fn, fast_convolutions, params, vector, batch)
 
     return _batches.mean_over(given, one_batch, params, vector)
 
@@ -92,6 +100,7 @@ def trace(
     num_samples: int,
     key: Any,
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Estimate:
     r"""The trace of the Hessian, the sum of its eigenvalues, by random vectors.
 
@@ -110,6 +119,8 @@ def trace(
       num_samples: :math:`S`, >= 2.
       key: PRNG key, typed or raw, or an int seed.
       progress: whether many batches show a progress bar (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Estimate`, two scalars of at least float32.
@@ -139,6 +150,7 @@ def trace(
     samples = _hessian.run(
         _quadratic_forms, loss_fn, params, batches,
         key=key, settings=(num_samples, "trace"), progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     return estimate(samples)
 
@@ -151,6 +163,7 @@ def frobenius_norm(
     num_samples: int,
     key: Any,
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Estimate:
     r"""The Frobenius norm of the Hessian, by random vectors.
 
@@ -171,6 +184,8 @@ def frobenius_norm(
       num_samples: :math:`S`, >= 2.
       key: PRNG key, typed or raw, or an int seed.
       progress: whether many batches show a progress bar (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Estimate`, two scalars of at least float32.
@@ -195,6 +210,7 @@ def frobenius_norm(
     samples = _hessian.run(
         _quadratic_forms, loss_fn, params, batches,
         key=key, settings=(num_samples, "square"), progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     square = estimate(samples)
     value = jnp.sqrt(square.value)

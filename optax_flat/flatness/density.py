@@ -43,6 +43,7 @@ def spectral_density(
     sigma: float = 0.01,
     num_points: int = 1000,
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Density:
     r"""The density of the Hessian's eigenvalues, by stochastic Lanczos quadrature.
 
@@ -77,6 +78,8 @@ def spectral_density(
       num_points: points of the grid, at least 1 / sigma + 13, so that they are no
         further apart than a line is wide.
       progress: whether many batches show a progress bar (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Density`, two arrays [num_points] of at least float32; the grid reaches six
@@ -121,6 +124,7 @@ def spectral_density(
     nodes, weights = _hessian.run(
         _quadratures, loss_fn, params, batches,
         key=key, settings=settings, progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     return _smooth(nodes, weights, sigma, num_points)
 

@@ -42,6 +42,7 @@ def top_eigenvalues(
     num_matvecs: int | None = None,
     key: Any,
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Eigenvalues:
     r"""The largest or smallest eigenvalues of the Hessian, and their eigenvectors.
 
@@ -74,6 +75,8 @@ def top_eigenvalues(
         is 100.
       key: PRNG key, typed or raw, or an int seed, for the starting vectors.
       progress: whether many batches show a progress bar (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Eigenvalues`, in at least float32, the precision of the computation.
@@ -114,6 +117,7 @@ def top_eigenvalues(
     return _hessian.run(
         _eigenvalues, loss_fn, params, batches,
         key=key, settings=settings, progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
 
 

@@ -46,6 +46,7 @@ def line(
     filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike | None = None,
 ) -> Line:
     r"""The loss along a line through the params.
@@ -71,6 +72,8 @@ def line(
       filter_axis: of a random direction's filters: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points are evaluated at a time; None is all of them.
       progress: whether to show a progress line (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
       key: a typed or raw PRNG key, or an int, for a random direction.
 
     Returns:
@@ -117,6 +120,7 @@ def line(
     losses = _losses(
         loss_fn, params, batches, [d], a[:, None],
         batch_size=batch_size, progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     return Line(a, losses)
 
@@ -133,6 +137,7 @@ def plane(
     filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike | None = None,
 ) -> Plane:
     r"""The loss over a plane through the params.
@@ -157,6 +162,8 @@ def plane(
       filter_axis: of a random direction's filters: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points are evaluated at a time; None is all of them.
       progress: whether to show a progress line (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
       key: a typed or raw PRNG key, or an int, for random directions.
 
     Returns:
@@ -201,6 +208,7 @@ def plane(
     losses = _losses(
         loss_fn, params, batches, [d1, d2], points,
         batch_size=batch_size, progress=progress,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     return Plane(x, y, losses.reshape(y.size, x.size))
 
@@ -229,15 +237,22 @@ def _check_like(name, tree, params):
     checks.same_structure(f"`{name}`", tree, params, hint=hint)
 
 
-def _losses(loss_fn, params, batches, directions, points, *, batch_size, progress):
+def _losses(
+    loss_fn, params, batches, directions, points,
+    *, batch_size, progress, fast_convolutions,
+):  # fmt: skip
     """The loss at w + sum_k points[:, k] d_k, [P]."""
     batch_size = _points.check_batch_size(batch_size)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     batches, w = _points.prepare(loss_fn, params, batches, one_pass=True)
     directions = [trees.cast_like(d, w) for d in directions]
     # One program for all points, or, to show progress, one call for each few of them.
     blocks = math.ceil(len(points) / (batch_size or len(points))) if progress else 1
     blocks = jnp.array_split(points, blocks)
-    at = functools.partial(_losses_at, loss_fn=loss_fn, batch_size=batch_size)
+    at = functools.partial(
+        _losses_at, loss_fn=loss_fn, batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
+    )  # fmt: skip
     with _progress.counter(progress, unit="point", desc="losses") as count:
 
         def one_batch(w, batch):
@@ -250,12 +265,12 @@ def _losses(loss_fn, params, batches, directions, points, *, batch_size, progres
         return mean_over(batches, one_batch, w)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size"))
-def _losses_at(w, directions, points, batch, *, loss_fn, batch_size):
+@functools.partial(jax.jit, static_argnames=("loss_fn", *_points.LOOP_ARGUMENTS))
+def _losses_at(w, directions, points, batch, *, loss_fn, **loop):
     def loss(position):
         point = w
         for amount, direction in zip(position, directions, strict=True):
             point = optax.tree.add_scale(point, amount, direction)
         return trees.accumulator(loss_fn(trees.cast_like(point, w), batch))
 
-    return _points.mapped(loss, points, batch_size)
+    return _points.mapped(loss, points, **loop)

@@ -22,6 +22,7 @@ def local_energy(
     sigma: float,
     num_samples: int = 32,
     batch_size: int | None = 8,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike,
 ) -> Estimate:
     r"""Mean rise of the loss under multiplicative noise on the weights.
@@ -41,6 +42,8 @@ def local_energy(
       sigma: :math:`\sigma`, the noise relative to each weight, > 0.
       num_samples: pairs z and -z, >= 2.
       batch_size: how many samples are evaluated at a time; None is all of them.
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
       key: a typed or raw PRNG key, or an int.
 
     Returns:
@@ -74,8 +77,10 @@ def local_energy(
     """
     sigma = checks.constant("sigma", sigma, 0.0, open_low=True)
     batch_size = _points.check_batch_size(batch_size)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     batches, w = _points.prepare(loss_fn, params, batches, one_pass=True)
     return _points.average_rise(
         w, batches, sigma, key, loss_fn=loss_fn, num_samples=num_samples,
         law="normal", adaptive=True, batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip

@@ -47,6 +47,7 @@ def local_entropy(
     num_steps: int = 100,
     num_chains: int = 32,
     batch_size: int | None = 8,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike,
 ) -> Estimate:
     r"""Local entropy of the loss at the params: minus the loss, smoothed over a scope.
@@ -94,6 +95,8 @@ def local_entropy(
         of the params for each chain, the further ones included.
       batch_size: how many chains are evaluated at a time; None is all of them. It
         bounds the memory of the evaluation, not that of the chains.
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
       key: a typed or raw PRNG key, or an int.
 
     Returns:
@@ -131,11 +134,13 @@ def local_entropy(
     num_steps = checks.integer("num_steps", num_steps, 1)
     num_chains = checks.integer("num_chains", num_chains, 2)
     batch_size = _points.check_batch_size(batch_size)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     key = checks.key(key)
     batches, x = _points.prepare(loss_fn, params, batches)
     loss, log_weights = _points.in_one_program(
         _anneal, x, batches, gamma, temperature, key, loss_fn=loss_fn,
         num_steps=num_steps, num_chains=num_chains, batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
     )  # fmt: skip
     return _estimate(loss, log_weights, temperature)
 
@@ -165,8 +170,10 @@ class _Chains(NamedTuple):
     size: jax.Array  # of the moves, []
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "batch_size", "with_grads"))
-def _losses(x, u, s, batch, *, loss_fn, batch_size, with_grads):
+@functools.partial(
+    jax.jit, static_argnames=("loss_fn", "with_grads", *_points.LOOP_ARGUMENTS)
+)
+def _losses(x, u, s, batch, *, loss_fn, with_grads, **loop):
     """f(x + s u) for each u, [C]; and its gradients in u, a tree like `u`."""
 
     def loss(u):
@@ -174,14 +181,18 @@ def _losses(x, u, s, batch, *, loss_fn, batch_size, with_grads):
         return trees.accumulator(loss_fn(point, batch))
 
     fn = jax.value_and_grad(loss) if with_grads else loss
-    return _points.mapped(fn, u, batch_size)
+    return _points.mapped(fn, u, **loop)
 
 
 def _anneal(
-    x, batches, gamma, temperature, key, *, loss_fn, num_steps, num_chains, batch_size
-):
+    x, batches, gamma, temperature, key,
+    *, loss_fn, num_steps, num_chains, batch_size, fast_convolutions,
+):  # fmt: skip
     """f(x), [], and the logarithms of the weights, [num_chains]."""
-    at = functools.partial(_losses, loss_fn=loss_fn, batch_size=batch_size)
+    at = functools.partial(
+        _losses, loss_fn=loss_fn, batch_size=batch_size,
+        fast_convolutions=fast_convolutions,
+    )  # fmt: skip
     with_grads = functools.partial(at, with_grads=True)
 
     def body(chains, step):
@@ -200,7 +211,9 @@ def _anneal(
     chains = _start(x, loss, start_key, num_chains + max(2, num_chains // 4))
     scales = jnp.sqrt(temperature / gamma) * jnp.arange(1, num_steps + 1) / num_steps
     steps = (scales[:-1], jax.random.split(key, num_steps)[:-1])
-    chains = _points.repeat(body, chains, steps, batches)
+    chains = _points.repeat(
+        body, chains, steps, batches, fast_convolutions=fast_convolutions
+    )
     without = functools.partial(at, with_grads=False)
     losses = mean_over(batches, without, x, chains.u, scales[-1])
     return loss, _weigh(chains, losses, temperature).log_weights[:num_chains]

@@ -36,6 +36,7 @@ def report(
     filter_axis: int = -1,
     batch_size: int | None = 8,
     progress: bool = False,
+    fast_convolutions: bool = True,
 ) -> Report:
     r"""Measures a minimum: curvature, sharpness, local energy and entropy, slices.
 
@@ -75,6 +76,8 @@ def report(
       filter_axis: of the filters of the random line: -1 (Flax) or 0 (Equinox, PyTorch).
       batch_size: how many points or samples are evaluated at a time; None is all.
       progress: whether to show a progress line (needs the extra `progress`).
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Report`.
@@ -124,7 +127,8 @@ def report(
     if m is not None and "m_sharpness" in names:  # look at all batches, before the work
         for batch in found.all:
             check_shards(m, batch)
-    run = Run(loss_fn, params, found, checks.key(key), settings)
+    fast = checks.flag("fast_convolutions", fast_convolutions)
+    run = Run(loss_fn, params, found, checks.key(key), settings, fast_convolutions=fast)
     values, costs = {}, {}
     for name in _shown(names, progress):
         values[name], costs[name] = compute(run, name)

@@ -39,6 +39,7 @@ def sharpness(
     num_steps: int = 1,
     num_samples: int = 32,
     batch_size: int | None = 8,
+    fast_convolutions: bool = True,
     key: jax.typing.ArrayLike | None = None,
 ) -> Estimate:
     r"""Rise of the loss in a ball around the params, at worst or on average.
@@ -80,6 +81,8 @@ def sharpness(
       num_samples: pairs e and -e of the average, >= 2.
       batch_size: how many shards or samples are evaluated at a time; None is all of
         them.
+      fast_convolutions: whether convolutions are given the layout that is fast on a
+        CPU, see `optax_flat.training.fast_convolutions`.
       key: a typed or raw PRNG key, or an int. Needed for the average. The ascent has
         no randomness without; with a key it starts at a random point,
         :math:`10^{-3} \rho` from w, by which it leaves a point without gradient, for
@@ -132,6 +135,7 @@ def sharpness(
     checks.choice("norm", norm, ("l2", "linf"))
     num_steps = checks.integer("num_steps", num_steps, 1)
     batch_size = _points.check_batch_size(batch_size)
+    fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     one_pass = kind == "average" or m is not None
     batches, w = _points.prepare(loss_fn, params, batches, one_pass=one_pass)
     law = {"l2": "sphere", "linf": "box"}[norm]
@@ -144,12 +148,14 @@ def sharpness(
         return _points.average_rise(
             w, batches, rho, key, loss_fn=loss_fn, num_samples=num_samples,
             law=law, adaptive=adaptive, batch_size=batch_size,
+            fast_convolutions=fast_convolutions,
         )  # fmt: skip
     start = None
     if key is not None:
         start = optax.tree.scale(_START * rho, _points.draw(checks.key(key), w, law))
     settings: dict[str, Any] = {
         "loss_fn": loss_fn, "norm": norm, "adaptive": adaptive, "num_steps": num_steps,
+        "fast_convolutions": fast_convolutions,
     }  # fmt: skip
     if m is None:
         rise = _points.in_one_program(_worst, w, batches, rho, start, **settings)
@@ -164,7 +170,9 @@ def sharpness(
     return _points.estimate(jnp.concatenate(rises))
 
 
-def _worst(w, batches, rho, start, *, loss_fn, norm, adaptive, num_steps):
+def _worst(
+    w, batches, rho, start, *, loss_fn, norm, adaptive, num_steps, fast_convolutions
+):
     """The ascent on the mean loss over `batches`, from u = `start` (None is 0)."""
     unit = _points.scale(w, adaptive)
     value = functools.partial(_points.value, loss_fn=loss_fn)
@@ -184,7 +192,9 @@ def _worst(w, batches, rho, start, *, loss_fn, norm, adaptive, num_steps):
         grads = mean_over(batches, value_and_grad, _point(w, unit, u))[1]
     lengths = rho * (1.0 - jnp.arange(num_steps) / num_steps)
     carry = (u, grads, jnp.full_like(loss, -jnp.inf))
-    u, grads, best = _points.repeat(body, carry, lengths[:-1], batches)
+    u, grads, best = _points.repeat(
+        body, carry, lengths[:-1], batches, fast_convolutions=fast_convolutions
+    )
     u = _step(u, unit, grads, lengths[-1], rho=rho, norm=norm)
     last = mean_over(batches, value, _point(w, unit, u))
     return jnp.maximum(best, _rise(last, loss))
@@ -232,7 +242,10 @@ def _worst_of_shards(w, batches, rho, start, *, m, batch_size, **settings):
     shards = jax.tree.map(
         lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), batches.first
     )
-    return _points.mapped(worst, shards, batch_size)
+    return _points.mapped(
+        worst, shards, batch_size=batch_size,
+        fast_convolutions=settings["fast_convolutions"],
+    )  # fmt: skip
 
 
 def check_shards(m: int, batch: Any) -> None:

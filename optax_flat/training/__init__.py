@@ -1,7 +1,8 @@
-"""Training helpers: steps, a Flax train state, losses, samples, batch statistics."""
+"""Training helpers: steps, loops, a Flax train state, losses, samples, statistics."""
 
 from typing import TYPE_CHECKING
 
+from optax_flat._core.convolutions import fast_convolutions as fast_convolutions
 from optax_flat.training.batch_stats import update_batch_stats as update_batch_stats
 from optax_flat.training.history import History as History
 from optax_flat.training.sampling import Samples as Samples

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, modes, trees
+from optax_flat._core import checks, convolutions, modes, trees
 from optax_flat._core.posteriors import sample_params
 
 
@@ -34,6 +34,7 @@ def collect_samples(
     predict_fn: Callable[..., Any] | None = None,
     keep: bool = True,
     aux: Any = None,
+    fast_convolutions: bool = True,
 ) -> Samples:
     """Runs a sampler in one `lax.scan` and takes a sample every few steps.
 
@@ -60,6 +61,8 @@ def collect_samples(
       keep: whether the samples themselves are returned.
       aux: what moves along in the step: batch statistics, dropout keys. None if there
         is nothing.
+      fast_convolutions: whether convolutions in the loop are given the layout that is
+        fast on a CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       `Samples`.
@@ -91,6 +94,7 @@ def collect_samples(
     return _run(
         chain, batches,
         step=step, burn_in=burn_in, thin=thin, predict_fn=predict_fn, keep=keep,
+        fast_convolutions=checks.flag("fast_convolutions", fast_convolutions),
     )  # fmt: skip
 
 
@@ -102,6 +106,7 @@ def predict(
     *,
     num_samples: int = 32,
     aux: Any = None,
+    fast_convolutions: bool = True,
 ) -> Any:
     """Averages predictions over draws from the posterior of `ivon` or `bsam`.
 
@@ -118,6 +123,8 @@ def predict(
       num_samples: draws, >= 1.
       aux: what else the model takes, such as batch statistics. None if there is
         nothing.
+      fast_convolutions: whether convolutions in the loop are given the layout that is
+        fast on a CPU, see `optax_flat.training.fast_convolutions`.
 
     Returns:
       The mean of ``predict_fn(draw)``, in at least float32.
@@ -142,11 +149,16 @@ def predict(
     return _mean_prediction(
         opt_state, params, checks.key(key), extra,
         predict_fn=predict_fn, num_samples=num_samples,
+        fast_convolutions=checks.flag("fast_convolutions", fast_convolutions),
     )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames=("predict_fn", "num_samples"))
-def _mean_prediction(opt_state, params, key, extra, *, predict_fn, num_samples):
+@functools.partial(
+    jax.jit, static_argnames=("predict_fn", "num_samples", "fast_convolutions")
+)
+def _mean_prediction(
+    opt_state, params, key, extra, *, predict_fn, num_samples, fast_convolutions
+):
     def one(key):
         sample = sample_params(opt_state, params, key)
         return trees.accumulator(predict_fn(sample, *extra))
@@ -156,14 +168,20 @@ def _mean_prediction(opt_state, params, key, extra, *, predict_fn, num_samples):
 
     keys = jax.random.split(key, num_samples)
     total = trees.concrete(jax.eval_shape(one, keys[0]))
+    add = convolutions.fast_if(fast_convolutions, add)
     total, _ = jax.lax.scan(add, total, keys)
     return jax.tree.map(lambda x: x / num_samples, total)
 
 
 @functools.partial(
-    jax.jit, static_argnames=("step", "burn_in", "thin", "predict_fn", "keep")
-)
-def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep):
+    jax.jit,
+    static_argnames=(
+        "step", "burn_in", "thin", "predict_fn", "keep", "fast_convolutions",
+    ),
+)  # fmt: skip
+def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep, fast_convolutions):
+    step = convolutions.fast_if(fast_convolutions, step)
+
     first = jax.tree.map(lambda x: x[:burn_in], batches)
     rest = jax.tree.map(lambda x: x[burn_in:].reshape(-1, thin, *x.shape[1:]), batches)
 
@@ -173,7 +191,8 @@ def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep):
         return (params, opt_state, *extra), loss
 
     def predict(sample, extra):
-        return trees.accumulator(predict_fn(sample, *extra))
+        fast = convolutions.fast_if(fast_convolutions, predict_fn)
+        return trees.accumulator(fast(sample, *extra))
 
     def one_sample(carry, batches):
         chain, mean, taken = carry

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, modes, trees
+from optax_flat._core import checks, convolutions, modes, trees
 
 
 def make_train_step(
@@ -18,6 +18,7 @@ def make_train_step(
     output_fn: Callable[[Any, Any], Any] | None = None,
     mode: str | None = None,
     num_groups: int = 1,
+    fast_convolutions: bool = True,
     donate: bool = False,
 ) -> Callable[..., Any]:
     """A jitted training step for any optimizer, in either mode.
@@ -63,6 +64,10 @@ def make_train_step(
         groups along its leading axis, which must be a multiple; the loss is the mean
         over the groups. With that axis spread over as many devices each has its own
         group.
+      fast_convolutions: whether the step's convolutions are given the layout that is
+        fast on a CPU wherever the step stands, such as in a `jax.lax.scan` over many;
+        see `optax_flat.training.fast_convolutions`. The optimizer has the same argument
+        for a loop of its own.
       donate: whether the buffers of params and optimizer state are given to the step
         (the ones passed in cannot be used afterwards).
 
@@ -97,6 +102,7 @@ def make_train_step(
             "`output_fn` and `has_aux` were both given, but outputs carry no auxiliary "
             "state. Leave one of the two out."
         )
+    fast = checks.flag("fast_convolutions", fast_convolutions)
     optimizer = modes.with_extra_args(tx)
 
     def loss_and_aux(params, batch, aux):
@@ -173,7 +179,9 @@ def make_train_step(
         params = optax.apply_updates(params, updates)
         return (params, opt_state, loss) + ((new_aux,) if has_aux else ())
 
-    return jax.jit(step, donate_argnums=(0, 1) if donate else ())
+    return jax.jit(
+        convolutions.fast_if(fast, step), donate_argnums=(0, 1) if donate else ()
+    )
 
 
 def _of_groups(value_and_grad, num_groups):
