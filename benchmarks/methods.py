@@ -1,7 +1,7 @@
 """The methods that the situations compare: two catalogues, around SGD and AdamW.
 
 Every method has a rate and one second setting, and spends the same number of gradients
-of minibatches: one that takes two or L of them per update makes that many fewer updates.
+of minibatches: one that takes two or L of them per update makes fewer updates.
 Rates rise over the first twentieth of the updates and fall to 0 by a cosine. The
 averages (ema, lawa, swa) have one that stays or falls to a part, their second setting
 or 1, since an average stands for the fall; coolmomentum's momentum falls instead.

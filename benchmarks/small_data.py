@@ -14,7 +14,7 @@ For the first two the methods that have an optimizer inside have SGD with moment
 the ViT AdamW. Every run spends the same number of gradients of minibatches of 32,
 whatever n is. See situations.py for tuning and intervals.
 
-    python benchmarks/small_data.py --data fashion_mnist.npz --out results/small_data
+    python benchmarks/small_data.py --data fashion_mnist.npz
 """
 
 import functools
@@ -52,10 +52,11 @@ SIZES = {
 def networks(width: int) -> dict[str, tuple[Any, str]]:
     """Network to its task and the base of its methods."""
     w = width
+    cnn = models.cnn(SHAPE, (16 * w, 32 * w), 64 * w, CLASSES)
     return {
         "mlp": (image_task(models.mlp(SHAPE, (64 * w, 64 * w), CLASSES)), "sgd"),
-        "cnn": (image_task(models.cnn(SHAPE, (16 * w, 32 * w), 64 * w, CLASSES)), "sgd"),
-        "vit": (image_task(models.vit(SHAPE, 4, 32 * w, 2, 2 * w, CLASSES)), "adamw"),
+        "cnn": (image_task(cnn), "sgd"),
+        "vit": (image_task(models.vit(SHAPE, 4, 32 * w, 2, CLASSES)), "adamw"),
     }
 
 
