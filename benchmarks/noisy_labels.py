@@ -9,7 +9,7 @@ right ones. Pixels are averaged in squares of 2x2. The networks:
 * mlp: 196-128-128-10;
 * resnet: two groups of a 3x3 convolution with stride 2 and a residual block, with 16
   and 32 channels;
-* vit: patches of 4x4, two layers of width 32 with two heads, mean over patches.
+* vit: nine patches of 5x5, two layers of width 32 with two heads, mean over patches.
 
 For the first two the methods that have an optimizer inside have SGD with momentum, for
 the ViT AdamW. Every run spends 4,000 gradients of minibatches of 32, 25 passes, and is
@@ -57,7 +57,7 @@ def networks(width: int) -> dict[str, tuple[Any, str]]:
     return {
         "mlp": (image_task(models.mlp(SHAPE, (128 * w, 128 * w), CLASSES)), "sgd"),
         "resnet": (image_task(resnet), "sgd"),
-        "vit": (image_task(models.vit(SHAPE, 4, 32 * w, 2, CLASSES)), "adamw"),
+        "vit": (image_task(models.vit(SHAPE, 5, 32 * w, 2, CLASSES)), "adamw"),
     }
 
 
