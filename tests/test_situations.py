@@ -113,14 +113,14 @@ def test_every_method_learns(situations, models, base):
     data = situations.Data(*[(images, labels)] * 3)
     task = situations.image_task(models.mlp((2, 2, 1), (8,), 2))
     cell = situations.Cell(
-        "cell", task, lambda seed: data, examples=64, gradients=400, batch=8, base=base
+        "cell", task, lambda seed: data, examples=64, gradients=2000, batch=8, base=base
     )
     before = task.measure(task.init(jax.random.key(1)), data.test)["accuracy"]
     assert before < 90
     for name, method in situations.CATALOGUES[base].items():
         candidate = situations.Candidate(1, len(method.seconds) // 2)
         trained, _, row = situations.run(cell, name, candidate, 1)
-        assert row["gradient_evaluations"] == 400
+        assert row["gradient_evaluations"] == 2000
         accuracy = task.measure(trained.params, data.test)["accuracy"]
         assert accuracy > 90, name
         last = jax.tree.map(lambda x: x[-1], trained.points)
