@@ -10,7 +10,7 @@ as it is, and so does what is not known here.
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ParamSpec, TypeVar
 
 import jax
@@ -57,7 +57,9 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
 
     Args:
       fn: a function of trees of arrays, with the gradient *inside*: rules of
-        differentiation that `fn` brings along (`jax.custom_vjp`) are not rewritten.
+        differentiation that `fn` brings along (`jax.custom_vjp`) are not rewritten, and
+      neither are convolutions in groups with negative padding, which the fast kernels
+      get wrong.
         Convolutions whose outputs are sharded over an Explicit mesh stay as they are,
         and so do those of a `jax.shard_map` inside `fn` that checks what varies
         (``check_vma=True``); `fn` itself may stand inside one.
@@ -149,7 +151,7 @@ def _convolution(eqn: JaxprEqn) -> JaxprEqn:
     numbers = eqn.params["dimension_numbers"]
     if numbers == _fast_layout(len(numbers.lhs_spec)):
         return eqn
-    if _is_sharded(eqn.params.get("out_sharding")):
+    if _is_sharded(eqn.params.get("out_sharding")) or _is_cropped_in_groups(eqn.params):
         return eqn
     operands = [operand.aval for operand in eqn.invars]
     trace = jax.make_jaxpr(_convolve, static_argnums=2)
@@ -162,6 +164,14 @@ def _convolution(eqn: JaxprEqn) -> JaxprEqn:
 
 def _is_sharded(sharding: Any) -> bool:
     return sharding is not None and any(axes is not None for axes in sharding.spec)
+
+
+def _is_cropped_in_groups(params: Mapping[str, Any]) -> bool:
+    """Whether XLA's fast kernels would read what is not there (jaxlib 0.10)."""
+    groups = params["feature_group_count"], params["batch_group_count"]
+    return max(groups) > 1 and any(
+        end < 0 for ends in params["padding"] for end in ends
+    )
 
 
 def _fast_layout(ndim: int) -> lax.ConvDimensionNumbers:
