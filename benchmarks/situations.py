@@ -345,8 +345,11 @@ def compare(
     cells: Sequence[Cell],
     options: argparse.Namespace,
     settings: Mapping[str, Any],
-) -> None:
-    """Tunes and runs what is missing, then writes tables, picture and summary."""
+) -> dict[tuple[str, str], Choice]:
+    """Tunes and runs what is missing, then writes tables, picture and summary.
+
+    Returns what tuning chose for each (cell, method).
+    """
     lock = threading.Lock()
     by_name = {cell.name: cell for cell in cells}
     jobs = list(itertools.product(cells, options.methods))
@@ -391,6 +394,7 @@ def compare(
     )
     write_table(tables(lines, cells), options.out)
     picture(lines, options.out / f"{situation}.png")
+    return choices
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:
