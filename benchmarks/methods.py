@@ -56,6 +56,7 @@ class Method(NamedTuple):
     num_steps: int = 1  # gradients per update
     one_minibatch: bool = False  # for all of them
     replicas: int = 1  # which share a minibatch
+    members: int = 1  # of an ensemble: each with its own start and minibatches
 
 
 Base = Callable[[optax.Schedule], optax.GradientTransformation]
