@@ -114,12 +114,12 @@ def parle(setup: Setup) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-def entropy_adam(setup: Setup) -> optax.GradientTransformation:
+def entropy_adam(setup: Setup, **others: Any) -> optax.GradientTransformation:
     """The rate is that of Adam, the second setting the step of the walk."""
     return optax_flat.entropy_adam(
         setup.rate, num_steps=SHORT_WALK, step_size=lambda _: setup.second,
         inner_transform=optax.trace(0.9, nesterov=True), noise_kind="rademacher",
-        key=setup.key,
+        key=setup.key, **others,
     )  # fmt: skip
 
 

@@ -1,0 +1,287 @@
+"""A small LSTM on the Penn Treebank, and what the noise does to Entropy-Adam in it.
+
+One layer of 48 units on embeddings of 48, words one by one; the 1,000 most frequent
+words are kept, all others are <unk>. The text is cut into windows of 24 words, each
+read from a zero state; minibatches are 20 windows drawn without repetition. The loss is
+summed over the words of a window and averaged over the windows, and every gradient of
+every method is clipped to the norm 5, as in the paper of the LSTM (Zaremba et al.,
+arXiv 1409.2329) that ptb_lstm.py trains in full size. All methods spend 1,000
+gradients, half a pass over the text, and are tuned by the perplexity of the validation
+text (situations.py); those that have an optimizer inside have AdamW. A run that
+diverged has the perplexity of all words alike.
+
+Entropy-Adam's noise. A coordinate without gradients, such as the embedding of a word
+that is in no minibatch of a walk, has nothing but the walk's noise in x - mu. The outer
+Adam divides by the root of the second moment and so makes full steps of the learning
+rate out of it, however small the noise is, unless it is small against `eps`. The same
+holds for a coordinate whose gradient is small against the noise. `noise.md` measures
+that, with the settings that were chosen for walks without noise, three seeds, and 50
+more rows of the embedding than there are words:
+
+* dead: the root mean square of the steps of these rows, in learning rates;
+* absent: that of the words that are not in the minibatches of the walk;
+* drowned: the part of all coordinates, at the end, whose second moment is less than
+  twice that of the dead rows, so that their noise is larger than their signal;
+* validation perplexity.
+
+    python benchmarks/recurrent.py --data DIR
+
+DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line.
+"""
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from harness import Row, Rows, table
+from methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
+from ptb_lstm import Text, load_text, lstm, random_text
+from situations import (
+    Cell,
+    Choice,
+    Data,
+    Task,
+    compare,
+    measure,
+    options_of,
+    ordered,
+    side_by_side,
+)
+
+from optax_flat.training import make_train_step
+
+CLIP = 5.0
+SPARE = 50  # rows of the embedding that no word has
+NOISELESS = "entropy_adam_noiseless"
+OTHERS = {
+    NOISELESS: CATALOGUES["adamw"]["entropy_adam"]._replace(
+        make=functools.partial(entropy_adam, noise=0.0)
+    )
+}
+METHODS = (
+    "sgd", "adamw", "sam", "ema", "ivon", "coolmomentum", "entropy_sgd_short",
+    "entropy_adam", NOISELESS,
+)  # fmt: skip
+WALKS = (  # noise and eps
+    (0.0, 1e-8), (1e-8, 1e-8), (1e-6, 1e-8), (1e-4, 1e-8),
+    (1e-4, 1e-5), (1e-4, 1e-4), (1e-4, 1e-3),
+)  # fmt: skip
+WATCHED = ("dead", "absent", "drowned", "validation_perplexity")
+
+
+class Sizes(NamedTuple):
+    """What presets change."""
+
+    vocabulary: int = 1000
+    steps: int = 24
+    batch: int = 20
+    width: int = 48
+    gradients: int = 1000
+
+
+SIZES = {
+    "smoke": Sizes(20, 3, 2, 4, 20),
+    "small": Sizes(),
+    "paper": Sizes(10_000, 24, 20, 200, 10_000),
+}
+
+
+# --- task -----------------------------------------------------------------------------
+
+
+@jax.custom_vjp
+def clipped(params: Any) -> Any:
+    """The params; gradients that come back are clipped to the norm `CLIP`."""
+    return params
+
+
+def _clipped_gradient(_, grads):
+    norm = optax.tree.norm(grads)
+    scale = jnp.where(norm > CLIP, CLIP / norm, 1.0)
+    return (optax.tree.scale(scale, grads),)
+
+
+clipped.defvjp(lambda params: (params, None), _clipped_gradient)
+
+
+def words_task(sizes: Sizes, spare: int = 0) -> Task:
+    """The LSTM, on windows [B, steps + 1]; `spare` embeddings are no word's."""
+    words, width = sizes.vocabulary, sizes.width
+
+    def init(key):
+        shapes = {
+            "embedding": (words + spare, width),
+            "layer": {
+                "input": (width, 4 * width),
+                "hidden": (width, 4 * width),
+                "bias": (4 * width,),
+            },
+            "output": {"kernel": (width, words), "bias": (words,)},
+        }
+        like = jax.tree.map(
+            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
+            shapes,
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+        draw = functools.partial(jax.random.uniform, minval=-0.1, maxval=0.1)
+        return optax.tree.random_like(key, like, draw)
+
+    def loss(params, windows):
+        params = clipped(params)
+        x = params["embedding"][windows[:, :-1].T]
+        _, x = lstm(params["layer"], jnp.zeros([2, len(windows), width]), x)
+        logits = x @ params["output"]["kernel"] + params["output"]["bias"]
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits, windows[:, 1:].T
+        )
+        return losses.sum(axis=0).mean()
+
+    def perplexity(params, windows):
+        losses = jax.lax.map(
+            lambda window: loss(params, window[None]), windows, batch_size=50
+        )
+        mean = losses.mean() / sizes.steps
+        return {"perplexity": jnp.where(jnp.isfinite(mean), jnp.exp(mean), words)}
+
+    return Task(init, loss, perplexity, lambda windows, index: windows[index])
+
+
+def frequent(text: Text, vocabulary: int) -> list[np.ndarray]:
+    """The three texts with the most frequent words as 1, 2, ...; 0 for all others."""
+    counts = np.bincount(text.train, minlength=text.vocabulary)
+    numbers = np.zeros(text.vocabulary, np.int32)
+    numbers[np.argsort(-counts, kind="stable")[: vocabulary - 1]] = np.arange(
+        1, vocabulary
+    )
+    return [numbers[words] for words in (text.train, text.valid, text.test)]
+
+
+def windows_of(words: np.ndarray, steps: int) -> np.ndarray:
+    """[N, steps + 1]; the last word of a window is the first of the next."""
+    starts = np.arange(0, len(words) - steps, steps)
+    return words[starts[:, None] + np.arange(steps + 1)]
+
+
+# --- noise ----------------------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("task", "words"))
+def watched(params, windows, order, settings, *, task: Task, words: int) -> Any:
+    """Params at the end of a run of Entropy-Adam, and what `WATCHED` says of it."""
+    peak, second, noise, eps, key = settings
+    setup = Setup(peak, second, len(order), jnp.float32(1.0), key)
+    tx = entropy_adam(setup, noise=lambda _: noise, eps=lambda _: eps)
+    step = make_train_step(task.loss, tx)
+
+    def update(state, index):
+        params, opt_state, count = state
+        new, opt_state, _ = step(params, opt_state, windows[index])
+        moves = (new["embedding"] - params["embedding"]) / setup.rate(count)
+        used = windows[index][..., :-1].ravel()
+        absent = jnp.ones(len(moves)).at[used].set(0.0).at[words:].set(0.0)
+        squares = jnp.square(moves).mean(axis=1)
+        of_absent = (squares * absent).sum() / jnp.maximum(absent.sum(), 1.0)
+        roots = jnp.sqrt(jnp.stack([squares[words:].mean(), of_absent]))
+        return (new, opt_state, count + 1), roots
+
+    state = (params, tx.init(params), 0)
+    (params, opt_state, _), roots = jax.lax.scan(update, state, order)
+    nu = optax.tree.get(opt_state, "nu")
+    limit = 2 * nu["embedding"][words:].mean()
+    alive = {**nu, "embedding": nu["embedding"][:words]}
+    drowned = sum(jnp.sum(x < limit) for x in jax.tree.leaves(alive))
+    dead, absent = roots.mean(axis=0)
+    part = drowned / optax.tree.size(alive)
+    return params, {"dead": dead, "absent": absent, "drowned": part}
+
+
+def noise_rows(
+    cell: Cell,
+    sizes: Sizes,
+    choice: Choice,
+    *,
+    seeds: int,
+    out: Path,
+    settings: Mapping,
+) -> Rows:
+    """The rows of the noise study, in a folder of their own."""
+    method = cell.method(NOISELESS)
+    task = words_task(sizes, SPARE)
+    rows, lock = Rows(out / "noise", settings), threading.Lock()
+    rate, second = choice.candidate.of(method)
+
+    def work(seed, noise, eps):
+        data = cell.data(seed)
+        init_key, noise_key = jax.random.split(jax.random.key(seed))
+        order = ordered(cell, method, seed).reshape(-1, SHORT_WALK, cell.batch)
+        numbers = (*map(jnp.float32, (rate, second, noise, eps)), noise_key)
+        start = time.perf_counter()
+        params, found = watched(
+            task.init(init_key), data.train, order, numbers,
+            task=task, words=sizes.vocabulary,
+        )  # fmt: skip
+        valid = measure(task)(params, data.validation)["perplexity"]
+        row: Row = {
+            "gradient_evaluations": order.shape[0] * SHORT_WALK,
+            "forward_passes": 0,
+            "seconds": time.perf_counter() - start,
+            "rate": rate,
+            "second": second,
+            "validation_perplexity": float(valid),
+            **{name: float(value) for name, value in found.items()},
+        }
+        with lock:
+            rows.record(f"noise {noise:g}, eps {eps:g}", seed, row)
+
+    runs = [(seed, *walk) for seed, walk in itertools.product(range(seeds), WALKS)]
+    pending = [r for r in runs if (f"noise {r[1]:g}, eps {r[2]:g}", r[0]) not in rows]
+    side_by_side(work, pending, "noise")
+    return rows
+
+
+def main() -> None:
+    """Runs what is missing, then writes tables, picture and summary."""
+    options = options_of(__doc__, METHODS, seeds=3, name="recurrent").parse_args()
+    sizes = SIZES["smoke" if options.smoke else options.preset]
+    if options.smoke and not options.data:
+        text, data = random_text(), "random"
+    else:
+        text = load_text(next(iter(options.data), None))
+        data = options.data[0].name
+    train, valid, test = (
+        windows_of(words, sizes.steps) for words in frequent(text, sizes.vocabulary)
+    )
+    cell = Cell(
+        "lstm", words_task(sizes), lambda _: Data(train, valid, test), len(train),
+        sizes.gradients, sizes.batch, base="adamw", others=OTHERS,
+        tuned_by="perplexity", measures={"perplexity": -1},
+    )  # fmt: skip
+    settings = {**sizes._asdict(), "data": data, "preset": options.preset}
+    choices = compare("recurrent", [cell], options, settings)
+    if NOISELESS in options.methods:
+        choice = choices[cell.name, NOISELESS]
+        rows = noise_rows(
+            cell, sizes, choice,
+            seeds=options.seeds, out=options.out, settings=settings,
+        )  # fmt: skip
+        found = table(sorted(rows, key=place), WATCHED)
+        (options.out / "noise.md").write_text(found)
+        print(found)
+
+
+def place(row: Row) -> int:
+    """In the order of `WALKS`."""
+    names = [f"noise {noise:g}, eps {eps:g}" for noise, eps in WALKS]
+    return names.index(row["method"])
+
+
+if __name__ == "__main__":
+    main()
