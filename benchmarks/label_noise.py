@@ -376,10 +376,12 @@ def accuracies(rows: Iterable[Row], when: str) -> dict[tuple[str, int, str], Any
     return found
 
 
-def differences(found: Any, data: str, percent: int, name: str) -> list[float]:
-    """From sgd, for the seeds that both have."""
-    of, sgd = (found.get((data, percent, who), {}) for who in (name, "sgd"))
-    return [of[seed] - sgd[seed] for seed in of if seed in sgd]
+def differences(
+    found: Any, data: str, percent: int, name: str, baseline: str = "sgd"
+) -> list[float]:
+    """From the baseline, for the seeds that both have."""
+    of, base = (found.get((data, percent, who), {}) for who in (name, baseline))
+    return [of[seed] - base[seed] for seed in of if seed in base]
 
 
 def tables(rows: Sequence[Row]) -> str:

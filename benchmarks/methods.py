@@ -1,10 +1,11 @@
 """The methods that the situations compare: two catalogues, around SGD and AdamW.
 
 Every method has a rate and one second setting, and spends the same number of gradients
-of minibatches: one that takes two or L of them per update makes that many fewer updates.
+of minibatches: one that takes two or L of them per update makes fewer updates.
 Rates rise over the first twentieth of the updates and fall to 0 by a cosine. The
 averages (ema, lawa, swa) have one that stays or falls to a part, their second setting
 or 1, since an average stands for the fall; coolmomentum's momentum falls instead.
+Where the second setting is not the weight decay, SGD has 5e-4, AdamW 1e-2.
 """
 
 from collections.abc import Callable
@@ -60,18 +61,25 @@ class Method(NamedTuple):
 
 
 Base = Callable[[optax.Schedule], optax.GradientTransformation]
-DECAYS = (0.0, 5e-4, 5e-3)
+DECAY = 5e-4
+DECAYS = (0.0, DECAY, 10 * DECAY)
 RADII = (0.03, 0.1, 0.3)
 
 
-def sgd(rate: optax.Schedule) -> optax.GradientTransformation:
-    """With momentum."""
-    return optax.sgd(rate, 0.9)
+def sgd(rate: optax.Schedule, decay: Any = DECAY) -> optax.GradientTransformation:
+    """With momentum and weight decay."""
+    return optax.chain(optax.add_decayed_weights(decay), optax.sgd(rate, 0.9))
 
 
-def decayed_sgd(setup: Setup) -> optax.GradientTransformation:
-    """Its second setting is the weight decay."""
-    return optax.chain(optax.add_decayed_weights(setup.second), sgd(setup.rate))
+def adamw(rate: optax.Schedule, decay: Any = 1e-2) -> optax.GradientTransformation:
+    """With the weight decay that is the middle of its grid."""
+    return optax.adamw(rate, weight_decay=decay)
+
+
+def nesterov() -> optax.GradientTransformation:
+    """What the gradients of a walk go through: weight decay and momentum."""
+    decay = optax.add_decayed_weights(DECAY)
+    return optax.chain(decay, optax.trace(0.9, nesterov=True))
 
 
 def coolmomentum(setup: Setup) -> optax.GradientTransformation:
@@ -97,8 +105,7 @@ def entropy_sgd(num_steps: int) -> Method:
         return optax_flat.entropy_sgd(
             optax.cosine_decay_schedule(1.0, setup.updates), num_steps=num_steps,
             step_size=lambda _: setup.peak, gamma=lambda _: setup.second,
-            inner_transform=optax.trace(0.9, nesterov=True),
-            noise_kind="rademacher", key=setup.key,
+            inner_transform=nesterov(), noise_kind="rademacher", key=setup.key,
         )  # fmt: skip
 
     return Method(make, 0.01, (0.01, 0.1, 1.0), "gamma", num_steps)
@@ -109,8 +116,8 @@ def parle(setup: Setup) -> optax.GradientTransformation:
     return optax_flat.parle(
         optax.cosine_decay_schedule(1.0, setup.updates), num_steps=SHORT_WALK,
         step_size=lambda _: setup.peak, coupling=lambda _: setup.second,
-        momentum=0.0, inner_transform=optax.trace(0.9, nesterov=True),
-        noise_kind="rademacher", axis_name=AXIS, key=setup.key,
+        momentum=0.0, inner_transform=nesterov(), noise_kind="rademacher",
+        axis_name=AXIS, key=setup.key,
     )  # fmt: skip
 
 
@@ -118,8 +125,7 @@ def entropy_adam(setup: Setup, **others: Any) -> optax.GradientTransformation:
     """The rate is that of Adam, the second setting the step of the walk."""
     return optax_flat.entropy_adam(
         setup.rate, num_steps=SHORT_WALK, step_size=lambda _: setup.second,
-        inner_transform=optax.trace(0.9, nesterov=True), noise_kind="rademacher",
-        key=setup.key, **others,
+        inner_transform=nesterov(), noise_kind="rademacher", key=setup.key, **others,
     )  # fmt: skip
 
 
@@ -145,9 +151,11 @@ def around(base: Base, rate: float) -> dict[str, Method]:
 
     ends = (0.1, 0.3, 1.0)
     return {
-        "sgd": Method(decayed_sgd, 0.03, DECAYS, "weight decay"),
+        "sgd": Method(
+            lambda setup: sgd(setup.rate, setup.second), 0.03, DECAYS, "weight decay"
+        ),
         "adamw": Method(
-            lambda setup: optax.adamw(setup.rate, weight_decay=setup.second),
+            lambda setup: adamw(setup.rate, setup.second),
             1e-3, (1e-3, 1e-2, 1e-1), "weight decay",
         ),
         "sam": sharpness_aware(optax_flat.sam, RADII),
@@ -171,5 +179,5 @@ def around(base: Base, rate: float) -> dict[str, Method]:
 
 CATALOGUES = {
     "sgd": around(sgd, 0.03),
-    "adamw": around(optax.adamw, 1e-3),
+    "adamw": around(adamw, 1e-3),
 }

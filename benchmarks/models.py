@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+HEAD = 16  # width of a head of attention
+
 
 class Model(NamedTuple):
     """`init` makes params of a key; `apply` logits [B, ..., K] of inputs [B, ...]."""
@@ -152,11 +154,12 @@ def _layers(key: jax.Array, width: int, depth: int) -> list[Any]:
     return [layer(k) for k in jax.random.split(key, depth)]
 
 
-def _transformed(layers: Any, x: jax.Array, heads: int, causal: bool) -> jax.Array:
+def _transformed(layers: Any, x: jax.Array, *, causal: bool) -> jax.Array:
     """[B, T, D] through Transformer layers, normalized before each branch."""
     for layer in layers:
         y = linear(layer["qkv"], normalized(layer["scales"][0], x))
-        q, k, v = jnp.split(y.reshape(*y.shape[:2], heads, -1), 3, axis=-1)
+        q, k, v = jnp.split(y, 3, axis=-1)
+        q, k, v = (z.reshape(*z.shape[:2], -1, HEAD) for z in (q, k, v))
         y = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
         x = x + linear(layer["mixed"], y.reshape(x.shape))
         y = jax.nn.gelu(linear(layer["up"], normalized(layer["scales"][1], x)))
@@ -165,9 +168,9 @@ def _transformed(layers: Any, x: jax.Array, heads: int, causal: bool) -> jax.Arr
 
 
 def vit(
-    shape: Sequence[int], patch: int, width: int, depth: int, heads: int, classes: int
+    shape: Sequence[int], patch: int, width: int, depth: int, classes: int
 ) -> Model:
-    """A Transformer on patches, with the mean over them at the end.
+    """A Transformer on patches, heads of 16, with the mean over patches at the end.
 
     Images whose sides are no multiple of the patch are padded with zeros.
     """
@@ -185,20 +188,18 @@ def vit(
         }
 
     def apply(params, x):
-        missing = [(0, n * patch - x.shape[1 + i]) for i, n in enumerate((rows, columns))]
-        x = jnp.pad(x, ((0, 0), *missing, (0, 0)))
+        missing = (rows * patch - shape[0], columns * patch - shape[1])
+        x = jnp.pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
         x = x.reshape(len(x), rows, patch, columns, patch, -1).swapaxes(2, 3)
         x = linear(params["patches"], x.reshape(len(x), rows * columns, pixels))
-        x = _transformed(params["layers"], x + params["places"], heads, causal=False)
+        x = _transformed(params["layers"], x + params["places"], causal=False)
         return linear(params["head"], normalized(params["scale"], x).mean(axis=1))
 
     return Model(init, apply)
 
 
-def transformer(
-    vocabulary: int, length: int, width: int, depth: int, heads: int
-) -> Model:
-    """A causal language model: [B, T] numbers of tokens, T <= length, to [B, T, K]."""
+def transformer(vocabulary: int, length: int, width: int, depth: int) -> Model:
+    """A causal language model with heads of 16: tokens [B, T] to logits [B, T, K]."""
 
     def init(key):
         keys = jax.random.split(key, 4)
@@ -212,7 +213,7 @@ def transformer(
 
     def apply(params, tokens):
         x = params["tokens"][tokens] + params["places"][: tokens.shape[1]]
-        x = _transformed(params["layers"], x, heads, causal=True)
+        x = _transformed(params["layers"], x, causal=True)
         return linear(params["head"], normalized(params["scale"], x))
 
     return Model(init, apply)

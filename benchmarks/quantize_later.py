@@ -1,6 +1,6 @@
 """Which minima bear damage? Networks trained once, then rounded, pruned, or shaken.
 
-The networks are trained on 20,000 images of Fashion-MNIST and tuned by their accuracy
+The networks are trained on 10,000 images of Fashion-MNIST and tuned by their accuracy
 on 5,000 others, without a thought of what comes later; pixels are averaged in squares
 of 2x2. The test images are all 10,000. The networks:
 
@@ -81,10 +81,10 @@ PREDICTORS = (*SHARPNESS, "param_norm", "train_loss")
 class Sizes(NamedTuple):
     """What presets change."""
 
-    images: int = 20_000
+    images: int = 10_000
     held_out: int = 5000
-    gradients: int = 2000
-    batch: int = 64
+    gradients: int = 3000
+    batch: int = 32
     width: int = 1  # factor of the networks'
     measured: int = 1000  # images for flatness
     samples: int = 16
@@ -94,7 +94,7 @@ class Sizes(NamedTuple):
 SIZES = {
     "smoke": Sizes(40, 20, 40, 4, 1, 20, 2, 2),
     "small": Sizes(),
-    "paper": Sizes(55_000, 5000, 20_000, 64, 4, 1000, 64, 30),
+    "paper": Sizes(55_000, 5000, 40_000, 32, 4, 1000, 64, 30),
 }
 
 

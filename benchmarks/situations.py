@@ -56,6 +56,7 @@ import optax_flat
 from optax_flat.training import make_train_step
 
 BASELINES = ("sgd", "adamw")
+SCALED = "_scaled"  # behind a method's name: not tuned, see `Cell.scaled_from`
 TRIES = 7
 EXTRA = 4
 STEP = 3**0.5  # between neighbouring rates of the finest grid
@@ -110,9 +111,11 @@ class Cell(NamedTuple):
     draws: int = 1  # of seeds to tune with
     points: int = 1
     ess: int | None = None  # None: the number of examples
+    scaled_from: tuple[str, float] = ("", 1.0)  # whose settings, and the rate's factor
 
     def method(self, name: str) -> Method:
         """The method around the base."""
+        name = name.removesuffix(SCALED)
         return {**CATALOGUES[self.base], **self.others}[name]
 
 
@@ -155,9 +158,10 @@ def train(params, data, order, setup, *, task: Task, method: Method) -> Trained:
     peak, second, ess, key = setup
     updates = order.shape[0] * order.shape[1]
     tx = method.make(Setup(peak, second, updates, ess, key))
-    step, init, seen = make_train_step(task.loss, tx), tx.init, optax_flat.eval_params
+    step: Any = make_train_step(task.loss, tx)
+    init, seen = tx.init, optax_flat.eval_params
     if method.members > 1:
-        step, init, seen = map(jax.vmap, (step, init, seen))
+        step, init, seen = jax.vmap(step), jax.vmap(init), jax.vmap(seen)
     if method.replicas > 1:
         step, init = (jax.vmap(f, axis_name=AXIS) for f in (step, init))
         shape = (method.replicas,)
@@ -214,7 +218,7 @@ def ordered(cell: Cell, method: Method, seed: int) -> np.ndarray:
 class Candidate(NamedTuple):
     """Settings of a method: its starting rate times STEP^step, seconds[second]."""
 
-    step: int
+    step: float
     second: int
 
     def of(self, method: Method) -> tuple[float, float]:
@@ -302,7 +306,7 @@ class Choice(NamedTuple):
     at_edge: bool
 
 
-def tune(cell: Cell, name: str, tried: Rows, lock: Any) -> Choice:
+def tune(tried: Rows, lock: threading.Lock, cell: Cell, name: str) -> Choice:
     """Tries candidates, each with `cell.draws` seeds; takes what is there from rows."""
     method = cell.method(name)
     known = {(row["method"], row["seed"]): row["validation"] for row in tried}
@@ -325,6 +329,12 @@ def tune(cell: Cell, name: str, tried: Rows, lock: Any) -> Choice:
     best = max(scores, key=lambda candidate: scores[candidate])
     edge = not has_both_sides(best, scores)
     return Choice(best, scores[best], len(scores), edge)
+
+
+def scaled(choice: Choice, factor: float) -> Choice:
+    """The settings tuned for another cell, the rate multiplied; no tries of its own."""
+    step = choice.candidate.step + math.log(factor, STEP)
+    return Choice(choice.candidate._replace(step=step), -math.inf, 0, at_edge=False)
 
 
 # --- the whole ------------------------------------------------------------------------
@@ -366,22 +376,27 @@ def compare(
     Returns what tuning chose for each (cell, method).
     """
     lock = threading.Lock()
-    by_name = {cell.name: cell for cell in cells}
+    jobs: list[tuple[Cell, str]]
     jobs = list(itertools.product(cells, options.methods))
+    tuned = [job for job in jobs if not job[1].endswith(SCALED)]
     tried = Rows(options.out / "selection", settings)
-    found = side_by_side(lambda *job: tune(*job, tried, lock), jobs, "tuning")
-    choices = {
-        (cell.name, name): choice
-        for (cell, name), choice in zip(jobs, found, strict=True)
-    }
-    chosen = {
-        f"{place}/{name}": {
-            "settings": choice.candidate.of(by_name[place].method(name)),
-            "score": choice.score, "tries": choice.tries, "at_edge": choice.at_edge,
-        }
-        for (place, name), choice in choices.items()
-    }  # fmt: skip
-    write_json(options.out / "selection.json", chosen)
+    found = side_by_side(functools.partial(tune, tried, lock), tuned, "tuning")
+    places = [(cell.name, name) for cell, name in tuned]
+    choices = dict(zip(places, found, strict=True))
+    write_json(
+        options.out / "selection.json",
+        {
+            f"{cell.name}/{name}": {
+                **choice._asdict(), "settings": choice.candidate.of(cell.method(name)),
+            }
+            for (cell, name), choice in zip(tuned, found, strict=True)
+        },
+    )  # fmt: skip
+    for cell, name in jobs:
+        if name.endswith(SCALED):
+            other, factor = cell.scaled_from
+            choice = choices[other, name.removesuffix(SCALED)]
+            choices[cell.name, name] = scaled(choice, factor)
 
     rows = Rows(options.out, settings)
 
@@ -395,8 +410,12 @@ def compare(
         with lock:
             rows.record(f"{cell.name}/{name}", seed, row)
 
-    runs = [(seed, *job) for seed in range(options.seeds) for job in jobs]
-    pending = [r for r in runs if (f"{r[1].name}/{r[2]}", r[0]) not in rows]
+    pending = [
+        (seed, cell, name)
+        for seed in range(options.seeds)
+        for cell, name in jobs
+        if (f"{cell.name}/{name}", seed) not in rows
+    ]
     side_by_side(work, pending, "runs")
 
     lines = [

@@ -7,7 +7,7 @@ and sure of it; MNIST is what is unknown. All methods spend the same number of g
 of minibatches of 64, and those with draws average the probabilities of 16:
 
 * sgd, adamw, sam, ema, swa: one point;
-* sgd_scaled: sgd with its logits divided by the temperature that has the smallest NLL
+* sgd_tempered: sgd with its logits divided by the temperature that has the smallest NLL
   on the validation images, one number: the baseline to beat;
 * swag: draws from independent normal distributions with means and variances of the
   iterates at eight moments of the last quarter (the diagonal SWAG, with all of the
@@ -32,7 +32,7 @@ every bin adds its sampling error's absolute value. How much that is here is in 
 and in `calibration.md`: `ece_floor`, the mean ECE over 100 draws of labels from the
 model's own probabilities, under which it is calibrated.
 
-`against.md` has paired differences from sgd_scaled, and of ivon from adamw, which the
+`against.md` has paired differences from sgd_tempered, and of ivon from adamw, which the
 paper of IVON (arXiv 2402.17641) reports to be worse calibrated. A run that diverged
 says the same of every image: all classes alike.
 
@@ -51,7 +51,7 @@ import optax
 import scipy.optimize
 import scipy.stats
 from harness import Images, Row, Rows, load_images, random_images
-from methods import CATALOGUES, Method, Setup, decayed_sgd, sgd
+from methods import CATALOGUES, Method, Setup, sgd
 from models import Model
 from situations import (
     Cell,
@@ -69,8 +69,8 @@ import optax_flat
 from optax_flat import schedules
 
 METHODS = (
-    "sgd", "sgd_scaled", "adamw", "sam", "ema", "swa", "swag", "sgld", "cyclical_sgld",
-    "psgld", "sghmc", "ivon", "bsam", "ensemble",
+    "sgd", "sgd_tempered", "adamw", "sam", "ema", "swa", "swag", "sgld",
+    "cyclical_sgld", "psgld", "sghmc", "ivon", "bsam", "ensemble",
 )  # fmt: skip
 SHAPE, CLASSES = (14, 14, 1), 10
 POINTS = 32  # of a run, where chains may have a draw
@@ -144,10 +144,8 @@ def bsam(setup: Setup) -> optax.GradientTransformation:
 WARM = (1e-3, 1e-2, 1e-1)
 PLAIN = CATALOGUES["sgd"]["sgd"]
 OTHERS = {
-    "sgd_scaled": PLAIN,
-    "ensemble": Method(
-        decayed_sgd, PLAIN.start, PLAIN.seconds, PLAIN.second, MEMBERS, members=MEMBERS
-    ),
+    "sgd_tempered": PLAIN,
+    "ensemble": Method(*PLAIN[:4], num_steps=MEMBERS, members=MEMBERS),
     "swag": Method(
         lambda setup: sgd(setup.falling), 0.03, (0.1, 0.3, 1.0), "rate at the end"
     ),
@@ -277,7 +275,7 @@ def evaluate(model: Model, name: str, trained: Trained, data: Data, part: str) -
         return np.where(known, log_p, -np.log(CLASSES))
 
     temperature = 1.0
-    if name == "sgd_scaled":
+    if name == "sgd_tempered":
         images, labels = data.validation
         temperature = best_temperature(predicted(images), labels)
     images, labels, *unknown = getattr(data, part)
@@ -367,7 +365,9 @@ def main() -> None:
     compare("uncertainty", [cell], options, settings)
     rows = list(Rows(options.out, settings))
     (options.out / "calibration.md").write_text(calibration(rows, options.methods))
-    pairs = [(name, "sgd_scaled") for name in options.methods if name != "sgd_scaled"]
+    pairs = [
+        (name, "sgd_tempered") for name in options.methods if name != "sgd_tempered"
+    ]
     pairs = [
         pair for pair in (*pairs, ("ivon", "adamw")) if {*pair} <= {*options.methods}
     ]

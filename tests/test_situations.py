@@ -1,0 +1,258 @@
+"""The engine of the situations: tuning, differences, networks, and the scripts."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+@pytest.fixture
+def situations(benchmarks):
+    return pytest.importorskip("situations")
+
+
+@pytest.fixture
+def models(benchmarks):
+    return pytest.importorskip("models")
+
+
+def search(situations, score):
+    """Tunes a method of three second settings, as `tune` does."""
+    scores = {}
+    while candidate := situations.next_try(scores, 3):
+        assert candidate not in scores
+        scores[candidate] = score(candidate)
+    best = max(scores, key=lambda candidate: scores[candidate])
+    return best, scores
+
+
+@pytest.mark.parametrize("optimum", [-3, -1, 0, 2, 4])
+def test_tuning_ends_between_a_smaller_and_a_larger_rate(situations, optimum):
+    best, scores = search(situations, lambda c: -abs(c.step - optimum) - c.second)
+    assert abs(best.step - optimum) <= 1
+    assert situations.has_both_sides(best, scores)
+    limit = situations.TRIES + situations.EXTRA
+    assert situations.TRIES <= len(scores) <= limit
+
+
+@pytest.mark.parametrize("second", [0, 2])
+def test_every_method_has_as_many_tries(situations, second):
+    """The middle settings or others: where the start was good, none has more."""
+    best, scores = search(situations, lambda c: -abs(c.step) - (c.second - second) ** 2)
+    assert best == (0, second)
+    assert len(scores) == situations.TRIES
+
+
+def test_tuning_that_never_turns_is_told(situations):
+    best, scores = search(situations, lambda c: c.step)
+    assert len(scores) == situations.TRIES + situations.EXTRA
+    assert not situations.has_both_sides(best, scores)
+
+
+def test_rates_of_a_grid_of_thirds(situations):
+    method = situations.CATALOGUES["sgd"]["sgd"]
+    rate, second = situations.Candidate(2, 1).of(method)
+    assert rate == pytest.approx(3 * method.start)
+    assert second == method.seconds[1]
+    choice = situations.Choice(situations.Candidate(2, 1), 1.0, 7, at_edge=False)
+    rate, _ = situations.scaled(choice, 16.0).candidate.of(method)
+    assert rate == pytest.approx(48 * method.start)
+
+
+def test_interval_agrees_with_scipy(situations):
+    of, base = np.random.default_rng(0).normal(size=(2, 5))
+    _, low, high = situations.interval(list(of - base))
+    expected = scipy.stats.ttest_rel(of, base).confidence_interval(0.95)
+    np.testing.assert_allclose((low, high), expected)
+    found = [situations.verdict(*bounds) for bounds in ((1, 2), (-1, 2), (-2, -1))]
+    assert found == ["better", "same", "worse"]
+    assert situations.verdict(*situations.interval([3.0])[1:]) == "same"
+
+
+def test_all_methods_see_the_same_minibatches(situations):
+    cell = situations.Cell(
+        "cell", None, None, examples=24, gradients=40, batch=8, points=2
+    )  # fmt: skip
+    found = {
+        name: situations.ordered(cell, method, 3)
+        for name, method in situations.CATALOGUES["sgd"].items()
+    }
+    assert found["sgd"].shape == (2, 20, 8)
+    assert found["sam"].shape == (2, 10, 8)  # both gradients of one minibatch
+    assert found["entropy_sgd"].shape == (2, 1, 20, 8)
+    assert found["parle"].shape == (2, 4, 4, 5, 2)  # four share each minibatch
+    expected = found["sgd"].reshape(-1, 8)
+    np.testing.assert_array_equal(found["entropy_sgd"].reshape(-1, 8), expected)
+    np.testing.assert_array_equal(found["sam"].reshape(-1, 8), expected[:20])
+    shared = found["parle"].swapaxes(2, 3).reshape(-1, 8)
+    np.testing.assert_array_equal(shared, expected)
+    for epoch in expected[:39].reshape(-1, 24):
+        assert sorted(epoch) == list(range(24))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_every_method_learns(situations, models, base):
+    images = jax.random.normal(jax.random.key(0), (64, 2, 2, 1))
+    labels = (images.reshape(64, 4)[:, 0] > 0).astype(jnp.int32)
+    data = situations.Data(*[(images, labels)] * 3)
+    task = situations.image_task(models.mlp((2, 2, 1), (8,), 2))
+    cell = situations.Cell(
+        "cell", task, lambda seed: data, examples=64, gradients=2000, batch=8, base=base
+    )
+    before = task.measure(task.init(jax.random.key(1)), data.test)["accuracy"]
+    assert before < 90
+    for name, method in situations.CATALOGUES[base].items():
+        candidate = situations.Candidate(1, len(method.seconds) // 2)
+        trained, _, row = situations.run(cell, name, candidate, 1)
+        assert row["gradient_evaluations"] == 2000
+        accuracy = task.measure(trained.params, data.test)["accuracy"]
+        assert accuracy > 90, name
+        last = jax.tree.map(lambda x: x[-1], trained.points)
+        jax.tree.map(np.testing.assert_array_equal, last, trained.params)
+
+
+def networks(models):
+    shape, inputs = (6, 6, 2), jax.random.normal(jax.random.key(1), (5, 6, 6, 2))
+    tokens = jax.random.randint(jax.random.key(1), (5, 7), 0, 11)
+    return {
+        "mlp": (models.mlp(shape, (8,), 3), inputs, (5, 3)),
+        "cnn": (models.cnn(shape, (4, 8), 8, 3), inputs, (5, 3)),
+        "resnet": (models.resnet(shape, (4, 8), 1, 3), inputs, (5, 3)),
+        "vit": (models.vit(shape, 4, 16, 1, 3), inputs, (5, 3)),
+        "transformer": (models.transformer(11, 8, 16, 1), tokens, (5, 7, 11)),
+    }
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "vit", "transformer"])
+def test_networks(models, name):
+    """Shapes, logits of order 1, a gradient everywhere, and examples on their own."""
+    model, inputs, shape = networks(models)[name]
+    params = model.init(jax.random.key(0))
+    logits = jax.jit(model.apply)(params, inputs)
+    assert logits.shape == shape
+    assert 0.1 < float(logits.std()) < 4
+    np.testing.assert_allclose(
+        logits[2:3], model.apply(params, inputs[2:3]), rtol=1e-4, atol=1e-5
+    )
+    moved = jax.tree.map(lambda x: x + 0.1, params)  # away from kernels that are zero
+    grads = jax.grad(lambda p: (model.apply(p, inputs) ** 2).sum())(moved)
+    assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
+
+
+def test_the_transformer_does_not_see_what_follows(models):
+    model, tokens, _ = networks(models)["transformer"]
+    params = model.init(jax.random.key(0))
+    logits, changed = (
+        model.apply(params, t) for t in (tokens, tokens.at[:, 4].add(1) % 11)
+    )
+    np.testing.assert_array_equal(logits[:, :4], changed[:, :4])
+    assert bool(jnp.all(jnp.any(logits[:, 4:] != changed[:, 4:], axis=-1)))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_patches_are_a_convolution(models, stride):
+    image, kernel = (
+        jax.random.normal(jax.random.key(i), shape)
+        for i, shape in enumerate([(2, 7, 7, 3), (3, 3, 3, 4)])
+    )
+    expected = jax.lax.conv_general_dilated(
+        image, kernel, (stride, stride), ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    found = models.patches(image, stride) @ kernel.reshape(27, 4)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_windows_have_the_next_character(benchmarks):
+    transformers = pytest.importorskip("transformers")
+    found = transformers.windows(np.arange(10), 3)
+    np.testing.assert_array_equal(found, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]])
+
+
+SCRIPTS = {
+    "small_data": (["sgd", "sam"], ["mlp-20"]),
+    "transformers": (["adamw", "entropy_adam"], ["chars", "vit"]),
+    "noisy_labels": (["adamw", "ema"], ["mlp-40"]),
+    "large_batches": (["sgd", "sgd_scaled", "parle"], ["batch-4", "batch-8"]),
+}
+
+
+def start(script, *options):
+    command = [sys.executable, FOLDER / f"{script}.py", *options]
+    return subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def read_lines(folder):
+    return [json.loads(x) for x in (folder / "summary.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=[] if script == "small_data" else pytest.mark.slow)
+        for script in SCRIPTS
+    ],
+)
+def test_scripts_run_and_resume(script, tmp_path):
+    methods, cells = SCRIPTS[script]
+    options = ["--smoke", "--seeds", 2, "--methods", ",".join(methods)]
+    options += ["--out", tmp_path / script]
+    done = start(script, *options)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / script
+    rows = json.loads((folder / "rows.json").read_text())
+    names = {f"{cell}/{name}" for cell in cells for name in methods}
+    assert len(rows) == 2 * len(names)
+    assert {row["method"] for row in rows} == names
+    for cell in cells:
+        of = [row for row in rows if row["cell"] == cell]
+        assert len({row["gradient_evaluations"] for row in of}) == 1
+    lines = read_lines(folder)
+    assert [(x["cell"], x["method"]) for x in lines] == [
+        (cell, name) for cell in cells for name in methods
+    ]
+    for line in lines:
+        assert math.isfinite(line["mean"])
+        assert line["verdict"] in ("better", "same", "worse", "baseline")
+        expected = 0 if line["method"].endswith("_scaled") else 7
+        assert line["tries"] >= expected
+    assert (folder / "table.md").read_text() in done.stdout
+    assert (folder / f"{script}.png").read_bytes().startswith(b"\x89PNG")
+
+    # As if the run had been cut off before its last row was written.
+    (folder / "rows.json").write_text(json.dumps(rows[:-1]))
+    tried = (folder / "selection" / "rows.json").read_bytes()
+    assert start(script, *options).returncode == 0
+    again = json.loads((folder / "rows.json").read_text())
+    assert again[:-1] == rows[:-1]
+    assert {**again[-1], "seconds": 0} == {**rows[-1], "seconds": 0}
+    assert (folder / "selection" / "rows.json").read_bytes() == tried
+
+    summary = start("summary", "--results", tmp_path, "--out", tmp_path / "summary")
+    assert summary.returncode == 0, summary.stderr
+    assert json.loads(
+        (tmp_path / "summary" / "summary.json").read_text()
+    ) == read_lines(folder)
