@@ -15,8 +15,9 @@ that is in no minibatch of a walk, has nothing but the walk's noise in x - mu. T
 Adam divides by the root of the second moment and so makes full steps of the learning
 rate out of it, however small the noise is, unless it is small against `eps`. The same
 holds for a coordinate whose gradient is small against the noise. `noise.md` measures
-that, with the settings that were chosen for walks without noise, three seeds, and 50
-more rows of the embedding than there are words:
+that, three seeds, with the settings of ptb_lstm.py: rate 0.01, walks of five plain
+steps of 0.3, no weight decay. "small" is the network above; "full" has all 10,000 words
+and half the gradients. The embedding has 50 more rows than there are words.
 
 * dead: the root mean square of the steps of these rows, in learning rates;
 * absent: that of the words that are not in the minibatches of the walk;
@@ -33,8 +34,7 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,7 +46,6 @@ from methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
 from ptb_lstm import Text, load_text, lstm, random_text
 from situations import (
     Cell,
-    Choice,
     Data,
     Task,
     compare,
@@ -56,6 +55,7 @@ from situations import (
     side_by_side,
 )
 
+import optax_flat
 from optax_flat.training import make_train_step
 
 CLIP = 5.0
@@ -71,9 +71,9 @@ METHODS = (
     "entropy_adam", NOISELESS,
 )  # fmt: skip
 WALKS = (  # noise and eps
-    (0.0, 1e-8), (1e-8, 1e-8), (1e-6, 1e-8), (1e-4, 1e-8),
-    (1e-4, 1e-5), (1e-4, 1e-4), (1e-4, 1e-3),
+    (0.0, 1e-8), (1e-8, 1e-8), (1e-6, 1e-8), (1e-4, 1e-8), (1e-4, 1e-4), (1e-4, 1e-3),
 )  # fmt: skip
+RATE, STEP_SIZE = 0.01, 0.3  # of the noise study
 WATCHED = ("dead", "absent", "drowned", "validation_perplexity")
 
 
@@ -92,6 +92,7 @@ SIZES = {
     "small": Sizes(),
     "paper": Sizes(10_000, 24, 20, 200, 10_000),
 }
+FULL = 10_000  # words of the noise study's second network
 
 
 # --- task -----------------------------------------------------------------------------
@@ -176,15 +177,19 @@ def windows_of(words: np.ndarray, steps: int) -> np.ndarray:
 @functools.partial(jax.jit, static_argnames=("task", "words"))
 def watched(params, windows, order, settings, *, task: Task, words: int) -> Any:
     """Params at the end of a run of Entropy-Adam, and what `WATCHED` says of it."""
-    peak, second, noise, eps, key = settings
-    setup = Setup(peak, second, len(order), jnp.float32(1.0), key)
-    tx = entropy_adam(setup, noise=lambda _: noise, eps=lambda _: eps)
+    noise, eps, key = settings
+    peak, second, ess = map(jnp.float32, (RATE, STEP_SIZE, 1.0))
+    rate = Setup(peak, second, len(order), ess, key).rate
+    tx = optax_flat.entropy_adam(
+        rate, eps=lambda _: eps, num_steps=SHORT_WALK, step_size=STEP_SIZE,
+        noise=lambda _: noise, noise_kind="rademacher", key=key,
+    )  # fmt: skip
     step = make_train_step(task.loss, tx)
 
     def update(state, index):
         params, opt_state, count = state
         new, opt_state, _ = step(params, opt_state, windows[index])
-        moves = (new["embedding"] - params["embedding"]) / setup.rate(count)
+        moves = (new["embedding"] - params["embedding"]) / rate(count)
         used = windows[index][..., :-1].ravel()
         absent = jnp.ones(len(moves)).at[used].set(0.0).at[words:].set(0.0)
         squares = jnp.square(moves).mean(axis=1)
@@ -203,48 +208,53 @@ def watched(params, windows, order, settings, *, task: Task, words: int) -> Any:
     return params, {"dead": dead, "absent": absent, "drowned": part}
 
 
-def noise_rows(
-    cell: Cell,
-    sizes: Sizes,
-    choice: Choice,
-    *,
-    seeds: int,
-    out: Path,
-    settings: Mapping,
-) -> Rows:
-    """The rows of the noise study, in a folder of their own."""
-    method = cell.method(NOISELESS)
-    task = words_task(sizes, SPARE)
-    rows, lock = Rows(out / "noise", settings), threading.Lock()
-    rate, second = choice.candidate.of(method)
+def noise_row(cell: Cell, sizes: Sizes, walk: tuple[float, float], seed: int) -> Row:
+    """One run of the noise study: `cell` has spare rows."""
+    data = cell.data(seed)
+    init_key, noise_key = jax.random.split(jax.random.key(seed))
+    order = ordered(cell, CATALOGUES["adamw"]["entropy_adam"], seed)
+    start = time.perf_counter()
+    params, found = watched(
+        cell.task.init(init_key), data.train, order.reshape(-1, *order.shape[-2:]),
+        (*map(jnp.float32, walk), noise_key), task=cell.task, words=sizes.vocabulary,
+    )  # fmt: skip
+    valid = measure(cell.task)(params, data.validation)["perplexity"]
+    return {
+        "gradient_evaluations": order.size // cell.batch,
+        "forward_passes": 0,
+        "validation_perplexity": float(valid),
+        **{name: float(value) for name, value in found.items()},
+        "seconds": time.perf_counter() - start,
+    }
 
-    def work(seed, noise, eps):
-        data = cell.data(seed)
-        init_key, noise_key = jax.random.split(jax.random.key(seed))
-        order = ordered(cell, method, seed).reshape(-1, SHORT_WALK, cell.batch)
-        numbers = (*map(jnp.float32, (rate, second, noise, eps)), noise_key)
-        start = time.perf_counter()
-        params, found = watched(
-            task.init(init_key), data.train, order, numbers,
-            task=task, words=sizes.vocabulary,
-        )  # fmt: skip
-        valid = measure(task)(params, data.validation)["perplexity"]
-        row: Row = {
-            "gradient_evaluations": order.shape[0] * SHORT_WALK,
-            "forward_passes": 0,
-            "seconds": time.perf_counter() - start,
-            "rate": rate,
-            "second": second,
-            "validation_perplexity": float(valid),
-            **{name: float(value) for name, value in found.items()},
-        }
+
+def noise_study(cells: Sequence[tuple[Cell, Sizes]], seeds: int, rows: Rows) -> str:
+    """Runs what is missing, in a folder of its own; a table."""
+    lock = threading.Lock()
+    jobs = {
+        f"{cell.name}, noise {walk[0]:g}, eps {walk[1]:g}": (cell, sizes, walk)
+        for (cell, sizes), walk in itertools.product(cells, WALKS)
+    }
+
+    def work(name, seed):
+        row = noise_row(*jobs[name], seed)
         with lock:
-            rows.record(f"noise {noise:g}, eps {eps:g}", seed, row)
+            rows.record(name, seed, row)
 
-    runs = [(seed, *walk) for seed, walk in itertools.product(range(seeds), WALKS)]
-    pending = [r for r in runs if (f"noise {r[1]:g}, eps {r[2]:g}", r[0]) not in rows]
-    side_by_side(work, pending, "noise")
-    return rows
+    runs = [(name, seed) for seed in range(seeds) for name in jobs]
+    side_by_side(work, [pair for pair in runs if pair not in rows], "noise")
+    names = list(jobs)
+    return table(sorted(rows, key=lambda row: names.index(row["method"])), WATCHED)
+
+
+def cell_of(name: str, text: Text, sizes: Sizes, *, spare: int = 0) -> Cell:
+    """The same text for every seed."""
+    windows = [windows_of(x, sizes.steps) for x in frequent(text, sizes.vocabulary)]
+    return Cell(
+        name, words_task(sizes, spare), lambda _: Data(*windows), len(windows[0]),
+        sizes.gradients, sizes.batch, base="adamw", others=OTHERS,
+        tuned_by="perplexity", measures={"perplexity": -1},
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -256,31 +266,18 @@ def main() -> None:
     else:
         text = load_text(next(iter(options.data), None))
         data = options.data[0].name
-    train, valid, test = (
-        windows_of(words, sizes.steps) for words in frequent(text, sizes.vocabulary)
-    )
-    cell = Cell(
-        "lstm", words_task(sizes), lambda _: Data(train, valid, test), len(train),
-        sizes.gradients, sizes.batch, base="adamw", others=OTHERS,
-        tuned_by="perplexity", measures={"perplexity": -1},
-    )  # fmt: skip
     settings = {**sizes._asdict(), "data": data, "preset": options.preset}
-    choices = compare("recurrent", [cell], options, settings)
     if NOISELESS in options.methods:
-        choice = choices[cell.name, NOISELESS]
-        rows = noise_rows(
-            cell, sizes, choice,
-            seeds=options.seeds, out=options.out, settings=settings,
+        full = sizes if options.smoke else sizes._replace(vocabulary=FULL)
+        full = full._replace(gradients=sizes.gradients // 2)
+        studied = [("small", sizes), ("full", full)]
+        found = noise_study(
+            [(cell_of(name, text, of, spare=SPARE), of) for name, of in studied],
+            options.seeds, Rows(options.out / "noise", settings),
         )  # fmt: skip
-        found = table(sorted(rows, key=place), WATCHED)
         (options.out / "noise.md").write_text(found)
         print(found)
-
-
-def place(row: Row) -> int:
-    """In the order of `WALKS`."""
-    names = [f"noise {noise:g}, eps {eps:g}" for noise, eps in WALKS]
-    return names.index(row["method"])
+    compare("recurrent", [cell_of("lstm", text, sizes)], options, settings)
 
 
 if __name__ == "__main__":
