@@ -31,7 +31,6 @@ DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line.
 """
 
 import functools
-import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -73,6 +72,7 @@ METHODS = (
 WALKS = (  # noise and eps
     (0.0, 1e-8), (1e-8, 1e-8), (1e-6, 1e-8), (1e-4, 1e-8), (1e-4, 1e-4), (1e-4, 1e-3),
 )  # fmt: skip
+FULL_WALKS = (WALKS[0], WALKS[3], WALKS[5])
 RATE, STEP_SIZE = 0.01, 0.3  # of the noise study
 WATCHED = ("dead", "absent", "drowned", "validation_perplexity")
 
@@ -208,6 +208,9 @@ def watched(params, windows, order, settings, *, task: Task, words: int) -> Any:
     return params, {"dead": dead, "absent": absent, "drowned": part}
 
 
+Walks = Sequence[tuple[float, float]]
+
+
 def noise_row(cell: Cell, sizes: Sizes, walk: tuple[float, float], seed: int) -> Row:
     """One run of the noise study: `cell` has spare rows."""
     data = cell.data(seed)
@@ -228,12 +231,15 @@ def noise_row(cell: Cell, sizes: Sizes, walk: tuple[float, float], seed: int) ->
     }
 
 
-def noise_study(cells: Sequence[tuple[Cell, Sizes]], seeds: int, rows: Rows) -> str:
+def noise_study(
+    cells: Sequence[tuple[Cell, Sizes, Walks]], seeds: int, rows: Rows
+) -> str:
     """Runs what is missing, in a folder of its own; a table."""
     lock = threading.Lock()
     jobs = {
         f"{cell.name}, noise {walk[0]:g}, eps {walk[1]:g}": (cell, sizes, walk)
-        for (cell, sizes), walk in itertools.product(cells, WALKS)
+        for cell, sizes, walks in cells
+        for walk in walks
     }
 
     def work(name, seed):
@@ -267,17 +273,19 @@ def main() -> None:
         text = load_text(next(iter(options.data), None))
         data = options.data[0].name
     settings = {**sizes._asdict(), "data": data, "preset": options.preset}
+    compare("recurrent", [cell_of("lstm", text, sizes)], options, settings)
     if NOISELESS in options.methods:
         full = sizes if options.smoke else sizes._replace(vocabulary=FULL)
         full = full._replace(gradients=sizes.gradients // 2)
-        studied = [("small", sizes), ("full", full)]
+        studied = [
+            (cell_of(name, text, of, spare=SPARE), of, walks)
+            for name, of, walks in (("small", sizes, WALKS), ("full", full, FULL_WALKS))
+        ]
         found = noise_study(
-            [(cell_of(name, text, of, spare=SPARE), of) for name, of in studied],
-            options.seeds, Rows(options.out / "noise", settings),
-        )  # fmt: skip
+            studied, options.seeds, Rows(options.out / "noise", settings)
+        )
         (options.out / "noise.md").write_text(found)
         print(found)
-    compare("recurrent", [cell_of("lstm", text, sizes)], options, settings)
 
 
 if __name__ == "__main__":
