@@ -21,13 +21,12 @@ of minibatches of 32, and those with draws average the probabilities of 16:
   gradients.
 
 The samplers have a normal prior of variance 1, as weight decay. Tuning (situations.py)
-takes what is reported: the NLL of the averaged probabilities, the mean over three draws
-of the images. Measured on all 10,000
-test images, all numbers times 100: NLL, Brier score (summed over the classes),
-accuracy, and the expected calibration error (ECE) in 15 bins of equal width of the
-largest probability. Unknown images are told from test images by the entropy of the
-averaged probabilities: AUROC for 5,000 MNIST images, and for 5,000 of the test images
-themselves, turned by 90 degrees.
+takes what is reported: the NLL of the averaged probabilities, its mean over three draws
+of the images. Measured on all 10,000 test images, all numbers times 100: NLL, Brier
+score (summed over the classes), accuracy, and the expected calibration error (ECE) in
+15 bins of equal width of the largest probability. Unknown images are told from test
+images by the entropy of the averaged probabilities: AUROC for 5,000 MNIST images, and
+for 5,000 of the test images themselves, turned by 90 degrees.
 
 The ECE of a calibrated model is not 0 but of the order (bins / images)^(1/2), since
 every bin adds its sampling error's absolute value. How much that is here is in the rows
@@ -372,7 +371,8 @@ def main() -> None:
     cell = Cell(
         "mlp", image_task(model), functools.partial(drawn, images, others, sizes),
         sizes.images, sizes.gradients, sizes.batch, others=OTHERS, tuned_by="nll",
-        measures=MEASURES, evaluate=functools.partial(evaluate, model), draws=sizes.draws, points=POINTS,
+        measures=MEASURES, evaluate=functools.partial(evaluate, model),
+        draws=sizes.draws, points=POINTS,
     )  # fmt: skip
     settings = {**sizes._asdict(), "data": data, "preset": options.preset}
     compare("uncertainty", [cell], options, settings)
