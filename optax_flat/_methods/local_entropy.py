@@ -444,7 +444,7 @@ def entropy_adam(
     unit) has only the walk's noise in x - mu, and Adam makes full steps of it: it walks
     at random, by about the learning rate per update, however small the noise is. With
     ``noise=0`` it stays; so it nearly does with an `eps` far above
-    ``sqrt(step_size * num_steps) * noise``.
+    ``sqrt(step_size * num_steps) * noise``, which damps small gradients as well.
 
     Args:
       learning_rate: step of the outer update, >= 0.
