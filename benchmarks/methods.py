@@ -57,6 +57,7 @@ class Method(NamedTuple):
     num_steps: int = 1  # gradients per update
     one_minibatch: bool = False  # for all of them
     replicas: int = 1  # which share a minibatch
+    members: int = 1  # of an ensemble: each with its own start and minibatches
 
 
 Base = Callable[[optax.Schedule], optax.GradientTransformation]
@@ -120,11 +121,11 @@ def parle(setup: Setup) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-def entropy_adam(setup: Setup) -> optax.GradientTransformation:
+def entropy_adam(setup: Setup, **others: Any) -> optax.GradientTransformation:
     """The rate is that of Adam, the second setting the step of the walk."""
     return optax_flat.entropy_adam(
         setup.rate, num_steps=SHORT_WALK, step_size=lambda _: setup.second,
-        inner_transform=nesterov(), noise_kind="rademacher", key=setup.key,
+        inner_transform=nesterov(), noise_kind="rademacher", key=setup.key, **others,
     )  # fmt: skip
 
 

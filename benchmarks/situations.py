@@ -102,9 +102,12 @@ class Cell(NamedTuple):
     gradients: int
     batch: int
     base: str = "sgd"  # the catalogue
+    others: Mapping[str, Method] = {}  # methods beside those of the catalogue
     tuned_by: str = "accuracy"  # a measure of the task, on the validation data
     measures: Mapping[str, int] = {"accuracy": 1}  # reported; 1 or -1, if less is more
-    report: Callable[[Trained, Data], Row] | None = None  # None: the task's, of test
+    # Of a method's name, a run, and "validation" or "test"; None: as the task measures.
+    evaluate: Callable[[str, Trained, Data, str], Row] | None = None
+    report: Callable[[Trained, Data], Row] | None = None  # None: `evaluate`, of test
     draws: int = 1  # of seeds to tune with
     points: int = 1
     ess: int | None = None  # None: the number of examples
@@ -112,7 +115,8 @@ class Cell(NamedTuple):
 
     def method(self, name: str) -> Method:
         """The method around the base."""
-        return CATALOGUES[self.base][name.removesuffix(SCALED)]
+        name = name.removesuffix(SCALED)
+        return {**CATALOGUES[self.base], **self.others}[name]
 
 
 def image_task(model: Model) -> Task:
@@ -156,6 +160,8 @@ def train(params, data, order, setup, *, task: Task, method: Method) -> Trained:
     tx = method.make(Setup(peak, second, updates, ess, key))
     step: Any = make_train_step(task.loss, tx)
     init, seen = tx.init, optax_flat.eval_params
+    if method.members > 1:
+        step, init, seen = jax.vmap(step), jax.vmap(init), jax.vmap(seen)
     if method.replicas > 1:
         step, init = (jax.vmap(f, axis_name=AXIS) for f in (step, init))
         shape = (method.replicas,)
@@ -235,7 +241,10 @@ def run(
     ess = cell.examples if cell.ess is None else cell.ess
     setup = (*map(jnp.float32, (rate, second, ess)), noise_key)
     order = ordered(cell, method, seed)
-    given = jax.device_put((cell.task.init(init_key), data.train, order, setup))
+    params = cell.task.init(init_key)
+    if method.members > 1:
+        params = jax.vmap(cell.task.init)(jax.random.split(init_key, method.members))
+    given = jax.device_put((params, data.train, order, setup))
     leaves, structure = jax.tree.flatten(jax.eval_shape(lambda *x: x, *given))
     compiled = program(cell.task, method, (structure, tuple(leaves)))
     start = time.perf_counter()
@@ -255,6 +264,13 @@ def run(
 def floats(measures: Mapping[str, Any]) -> dict[str, float]:
     """What a task measured."""
     return {name: float(value) for name, value in measures.items()}
+
+
+def evaluated(cell: Cell, name: str, trained: Trained, data: Data, part: str) -> Row:
+    """The measures of a run on "validation" or "test"."""
+    if cell.evaluate is not None:
+        return cell.evaluate(name, trained, data, part)
+    return floats(measure(cell.task)(trained.params, getattr(data, part)))
 
 
 # --- tuning ---------------------------------------------------------------------------
@@ -299,7 +315,7 @@ def tune(tried: Rows, lock: threading.Lock, cell: Cell, name: str) -> Choice:
         row_name = f"{cell.name}/{name}/{candidate.name(method)}"
         if (row_name, seed) not in known:
             trained, data, row = run(cell, name, candidate, seed)
-            found = floats(measure(cell.task)(trained.params, data.validation))
+            found = evaluated(cell, name, trained, data, "validation")
             row["validation"] = found[cell.tuned_by]
             with lock:
                 tried.record(row_name, seed, row)
@@ -354,8 +370,11 @@ def compare(
     cells: Sequence[Cell],
     options: argparse.Namespace,
     settings: Mapping[str, Any],
-) -> None:
-    """Tunes and runs what is missing, then writes tables, picture and summary."""
+) -> dict[tuple[str, str], Choice]:
+    """Tunes and runs what is missing, then writes tables, picture and summary.
+
+    Returns what tuning chose for each (cell, method).
+    """
     lock = threading.Lock()
     jobs: list[tuple[Cell, str]]
     jobs = list(itertools.product(cells, options.methods))
@@ -385,7 +404,7 @@ def compare(
         candidate = choices[cell.name, name].candidate
         trained, data, row = run(cell, name, candidate, seed)
         if cell.report is None:
-            row |= floats(measure(cell.task)(trained.params, data.test))
+            row |= evaluated(cell, name, trained, data, "test")
         else:
             row |= cell.report(trained, data)
         with lock:
@@ -409,6 +428,7 @@ def compare(
     )
     write_table(tables(lines, cells), options.out)
     picture(lines, options.out / f"{situation}.png")
+    return choices
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float, float]:

@@ -223,6 +223,30 @@ def test_entropy_adam_is_adam_on_the_displacement(amsgrad, x64):
     assert_close(ours, params, jnp.float64, factor=100)
 
 
+@pytest.mark.parametrize(
+    ("noise", "eps", "expected"),
+    [(1e-4, 1e-8, 1.0), (1e-6, 1e-8, 1.0), (1e-4, 1e-2, 0.0), (0.0, 1e-8, 0.0)],
+)
+def test_entropy_adam_walks_where_there_is_no_gradient(noise, eps, expected):
+    """At random, as far as the rate says, whatever the noise that is not below eps.
+
+    Adam's first moment of white noise has the variance (1 - b1) / (1 + b1).
+    """
+    rate = 0.01
+    tx = optax_flat.entropy_adam(rate, num_steps=5, noise=noise, eps=eps, key=0)
+    grad_fn = jax.grad(lambda x, batch: quadratic(x["alive"]))
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(grad_fn(x, 0), state, x, grad_fn=grad_fn)
+        return (optax.apply_updates(x, updates), state), updates["dead"]
+
+    x = {"alive": jnp.asarray(X), "dead": jnp.zeros(500)}
+    _, updates = jax.lax.scan(step, (x, tx.init(x)), length=100)
+    size = jnp.sqrt(jnp.mean(updates[50:] ** 2)) / rate
+    assert size == pytest.approx(expected * (0.1 / 1.9) ** 0.5, rel=0.05, abs=0.01)
+
+
 def test_no_key_default():
     for factory in (optax_flat.entropy_sgd, optax_flat.entropy_adam):
         with pytest.raises(TypeError, match="missing a required .* 'key'"):

@@ -190,6 +190,9 @@ SCRIPTS = {
     "transformers": (["adamw", "entropy_adam"], ["chars", "vit"]),
     "noisy_labels": (["adamw", "ema"], ["mlp-40"]),
     "large_batches": (["sgd", "sgd_scaled", "parle"], ["batch-4", "batch-8"]),
+    "quantize_later": (["sgd", "sam"], ["mlp"]),
+    "uncertainty": (["sgd", "sgd_tempered", "ivon", "ensemble"], ["mlp"]),
+    "recurrent": (["adamw", "entropy_adam_noiseless"], ["lstm"]),
 }
 
 
@@ -231,9 +234,8 @@ def test_scripts_run_and_resume(script, tmp_path):
         of = [row for row in rows if row["cell"] == cell]
         assert len({row["gradient_evaluations"] for row in of}) == 1
     lines = read_lines(folder)
-    assert [(x["cell"], x["method"]) for x in lines] == [
-        (cell, name) for cell in cells for name in methods
-    ]
+    found = dict.fromkeys((x["cell"], x["method"]) for x in lines)  # of any measure
+    assert list(found) == [(cell, name) for cell in cells for name in methods]
     for line in lines:
         assert math.isfinite(line["mean"])
         assert line["verdict"] in ("better", "same", "worse", "baseline")

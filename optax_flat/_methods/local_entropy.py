@@ -450,6 +450,12 @@ def entropy_adam(
     `local_entropy`, which spends `num_steps` gradients per update. The bias correction
     counts outer updates.
 
+    A parameter without a gradient (the embedding of a word that no minibatch has, a
+    dead unit) has only the walk's noise in x - mu, and Adam makes full steps of it: it
+    walks at random, by about the learning rate per update, however small the noise is.
+    With ``noise=0`` it stays; so it nearly does with an `eps` far above
+    ``sqrt(step_size * num_steps) * noise``, which damps small gradients as well.
+
     Args:
       learning_rate: step of the outer update, >= 0.
       b1: decay of the first moment, in [0, 1).
