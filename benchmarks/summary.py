@@ -1,126 +1,198 @@
-"""One matrix of all situations: better, same or worse than the best baseline.
+"""Where does which method help? Situations and methods in one matrix.
 
-Reads the summary.jsonl of every folder of results (see situations.py), and the rows of
-label_noise.py, of which it makes the same lines: the baseline is sgd or adam, whichever
-was better by validation at the end of a run, and the accuracy is that at the end. Its
-grids were fixed, so that `at_edge` is told for them too.
+Read from the rows of the situations' scripts. In every cell of a situation (a network,
+a number of labels, ...) a method is compared with the better one of SGD and Adam(W):
+the better one in the final runs of that cell, so that to be better than it is to be
+better than both. The differences are averaged over the cells seed by seed; a field is
+their mean over the seeds with its 95 % interval (Student's t). "better" and "worse" are
+intervals without 0, "same" are those with it. Of twenty fields without any effect one
+would not be "same" by chance. The tables of the scripts have the cells one by one, and
+all methods.
 
-    python benchmarks/summary.py --results results --out results/summary
+    python benchmarks/summary.py
 """
 
 import argparse
-import itertools
-import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import matplotlib.pyplot as plt
+import numpy as np
 from harness import COLOURS, Row, read_json, write_json, write_table
-from label_noise import METHODS, Run, accuracies, chosen, differences
 from matplotlib.patches import Rectangle
 from situations import interval, verdict
 
-BASELINES = ("sgd", "adam")  # of label_noise.py
-SHADES = {"better": COLOURS[2], "worse": COLOURS[1], "same": "#E8E8E8"}
+SHADES = {"better": COLOURS[2], "worse": COLOURS[1], "same": "#DDDDDD"}
+BASELINES = ("SGD", "Adam(W)")
+METHODS = {  # with the names in the rows, the first of which that is there counts
+    "SGD": ("sgd",),
+    "Adam(W)": ("adamw", "adam"),
+    "SAM": ("sam",),
+    "ASAM": ("asam",),
+    "Entropy-SGD or -Adam": ("entropy_sgd", "entropy_sgd_short", "entropy_adam"),
+    "EMA": ("ema",),
+    "SWA": ("swa",),
+    "IVON": ("ivon",),
+}
 
 
-def label_noise_lines(folder: Path) -> list[Row]:
-    """The rows of label_noise.py as lines of a summary."""
-    rows = read_json(folder / "rows.json", [])
-    tried = read_json(folder / "selection" / "rows.json", [])
-    places = dict.fromkeys((row["data"], row["percent"]) for row in rows)
-    return [line for place in places for line in label_noise_cell(place, rows, tried)]
+class Situation(NamedTuple):
+    """A row of the matrix."""
+
+    title: str
+    script: str  # and the folder of its results
+    data: str  # what the script is given
+    measure: str
+    unit: str
+    sign: int = 1  # -1, if less is more
+    cells: str = ""  # the beginning or the end of the names of those that count
 
 
-def label_noise_cell(
-    place: tuple[str, int], rows: Sequence[Row], tried: Sequence[Row]
-) -> list[Row]:
-    """Those of one data set and part of wrong labels."""
-    found = accuracies(rows, "end")
-    runs = {name: Run(*place, name) for name in METHODS if (*place, name) in found}
-    validated = {row["method"]: row["validation_accuracies"][-1] for row in tried}
-    best = {name: chosen(tried, run)["end"] for name, run in runs.items()}
-    scores = {n: validated[f"{run.name}/{best[n].name}"] for n, run in runs.items()}
-    baseline = max(BASELINES, key=lambda name: scores[name])
-    lines = []
-    for name in runs:
-        gains = differences(found, *place, name, baseline)
-        mean, low, high = interval(gains)
-        rates = [candidate.rate for candidate in METHODS[name].candidates]
-        lines.append({
-            "situation": "label_noise", "cell": f"{place[0]}-{place[1]}",
-            "measure": "accuracy", "method": name, "baseline": baseline,
-            "seeds": len(gains), "gain": mean, "low": low, "high": high,
-            "verdict": "baseline" if name == baseline else verdict(low, high),
-            "at_edge": best[name].rate in (min(rates), max(rates)),
-        })  # fmt: skip
-    return lines
+FASHION = "fashion_mnist.npz"
+SITUATIONS = (
+    Situation(
+        "40 % wrong labels, MLP and CNN", "label_noise",
+        f"{FASHION},cifar10_small.npz", "end_accuracy", "%", cells="-40",
+    ),
+    Situation(
+        "40 % wrong labels, ResNet and ViT", "noisy_labels", FASHION, "accuracy", "%",
+        cells="-40",
+    ),
+    Situation("100 to 3,000 labels", "small_data", FASHION, "accuracy", "%"),
+    Situation(
+        "ViT from scratch", "transformers", "DIR,cifar10_small.npz", "accuracy", "%",
+        cells="vit",
+    ),
+    Situation(
+        "Transformer on text", "transformers", "DIR,cifar10_small.npz", "bits",
+        "bits per character", -1, "chars",
+    ),
+    Situation("LSTM on text", "recurrent", "DIR", "perplexity", "perplexity", -1),
+    Situation("weights in 4 bits", "quantize_later", FASHION, "tensor_4_bits", "%"),
+    Situation("weights in 3 bits", "quantize_later", FASHION, "tensor_3_bits", "%"),
+    Situation("80 % of the weights cut", "quantize_later", FASHION, "pruned_80_%", "%"),
+    Situation(
+        "probabilities", "uncertainty", f"{FASHION},mnist.npz", "nll",
+        "nats / 100", -1,
+    ),
+)  # fmt: skip
 
 
-def all_lines(results: Path) -> list[Row]:
-    """Of all folders, in the order of their names."""
-    lines = label_noise_lines(results / "label_noise")
-    for path in sorted(results.glob("*/summary.jsonl")):
-        lines += [json.loads(line) for line in path.read_text().splitlines()]
-    return lines
-
-
-def matrix(lines: Iterable[Row]) -> dict[tuple[str, ...], dict[str, Row]]:
-    """By situation, cell and measure: method to its line."""
-    found: dict[tuple[str, ...], dict[str, Row]] = {}
-    for line in lines:
-        place = (line["situation"], line["cell"], line["measure"])
-        found.setdefault(place, {})[line["method"]] = line
+def read(folder: Path, situation: Situation) -> dict[str, dict[str, dict[int, float]]]:
+    """Cell, method and seed to what was measured."""
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for row in read_json(folder / situation.script / "rows.json", []):
+        cell = row.get("cell") or row["method"].rpartition("/")[0]
+        counts = cell.startswith(situation.cells) or cell.endswith(situation.cells)
+        if counts and situation.measure in row:
+            runs = found.setdefault(cell, {}).setdefault(row["optimizer"], {})
+            runs[row["seed"]] = row[situation.measure]
     return found
 
 
-def table(found: Any, methods: Sequence[str]) -> str:
-    """Markdown: a line per situation, cell and measure, a column per method."""
-    head = ["situation", "cell", "measure", "baseline", *methods]
-    text = f"| {' | '.join(head)} |\n| {' | '.join(['---'] * len(head))} |\n"
-    for place, of in found.items():
-        baseline = next(iter(of.values()))["baseline"]
-        cells = [cell(of[name]) if name in of else "" for name in methods]
-        text += f"| {' | '.join([*place, baseline, *cells])} |\n"
-    return text
-
-
-def cell(line: Row) -> str:
-    """The verdict with the interval of the gain; a star: the rate was at an edge."""
-    star = "*" if line["at_edge"] else ""
-    if line["verdict"] == "baseline" or line["low"] is None:
-        return line["verdict"] + star
-    return f"{line['verdict']}{star} {line['low']:+.2g} to {line['high']:+.2g}"
-
-
-def picture(found: Any, methods: Sequence[str], path: Path) -> None:
-    """The verdicts as colours, the mean gains as numbers."""
-    figure, axes = plt.subplots(
-        figsize=(2.6 + 0.75 * len(methods), 1.2 + 0.28 * len(found)),
-        layout="constrained",
-    )
-    for (y, of), (x, name) in itertools.product(
-        enumerate(found.values()), enumerate(methods)
-    ):
-        if name not in of:
+def fields(folder: Path, situation: Situation) -> list[Row]:
+    """What the matrix says of one situation, for the methods that were run."""
+    gains: dict[str, list[dict[int, float]]] = {name: [] for name in METHODS}
+    best: dict[str, list[bool]] = {name: [] for name in METHODS}
+    for of in read(folder, situation).values():
+        runs = {
+            name: next((of[other] for other in names if other in of), {})
+            for name, names in METHODS.items()
+        }
+        known = [name for name in BASELINES if runs[name]]
+        if not known:
             continue
-        line = of[name]
-        if line["verdict"] == "baseline":
-            axes.text(x, y, "base", ha="center", va="center", fontsize="x-small")
-            continue
-        colour = SHADES[line["verdict"]]
-        axes.add_patch(Rectangle((x - 0.48, y - 0.46), 0.96, 0.92, color=colour))
-        number = f"{line['gain']:+.2g}"
-        axes.text(x, y, number, ha="center", va="center", fontsize="x-small")
-    axes.set_xlim(-0.5, len(methods) - 0.5)
-    axes.set_ylim(len(found) - 0.5, -0.5)
-    names = [name.replace("_", " ") for name in methods]
-    axes.set_xticks(range(len(methods)), names, rotation=40, ha="left")
+        means = {
+            name: situation.sign * float(np.mean(list(runs[name].values())))
+            for name in known
+        }
+        baseline = max(known, key=lambda name: means[name])
+        for name, values in runs.items():
+            if values:
+                gains[name].append({
+                    seed: situation.sign * (value - runs[baseline][seed])
+                    for seed, value in values.items()
+                    if seed in runs[baseline]
+                })  # fmt: skip
+                best[name].append(name == baseline)
+    cells = max(map(len, gains.values()))
+    return [
+        field(situation, name, of, all(best[name]))
+        for name, of in gains.items()
+        if cells and len(of) == cells
+    ]
+
+
+def field(
+    situation: Situation, name: str, gains: Sequence[dict[int, float]], is_best: bool
+) -> Row:
+    """The mean over the cells, seed by seed, and over the seeds."""
+    seeds = set.intersection(*(set(of) for of in gains))
+    mean, low, high = interval([
+        float(np.mean([of[seed] for of in gains])) for seed in sorted(seeds)
+    ])  # fmt: skip
+    finite = math.isfinite(low)
+    return {
+        "situation": situation.title, "method": name, "unit": situation.unit,
+        "command": f"python benchmarks/{situation.script}.py --data {situation.data}",
+        "script": situation.script, "measure": situation.measure,
+        "gain": mean, "low": low if finite else None, "high": high if finite else None,
+        "verdict": "baseline" if is_best else verdict(low, high),
+        "seeds": len(seeds), "cells": len(gains),
+    }  # fmt: skip
+
+
+def number(value: float) -> str:
+    """With its sign, and digits that tell small ones apart."""
+    return f"{value:+.{2 if abs(value) < 0.995 else 1}f}"
+
+
+def words(found: Row) -> str:
+    """A field as text."""
+    if found["verdict"] == "baseline" or found["low"] is None:
+        return found["verdict"]
+    ends = f"{number(found['low'])} to {number(found['high'])}"
+    return f"{number(found['gain'])} ({ends})"
+
+
+def table(found: Iterable[Row]) -> str:
+    """Markdown: a line per situation, a column per method; verdicts in words."""
+    marks = {"better": "**better** ", "worse": "worse ", "same": "", "baseline": ""}
+    lines = [["situation", *METHODS], ["---"] * (1 + len(METHODS))]
+    by_title: dict[str, dict[str, Row]] = {}
+    for x in found:
+        by_title.setdefault(f"{x['situation']}, {x['unit']}", {})[x["method"]] = x
+    for title, of in by_title.items():
+        said = {name: marks[x["verdict"]] + words(x) for name, x in of.items()}
+        lines.append([title, *(said.get(name, "") for name in METHODS)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def picture(found: Sequence[Row], path: Path) -> None:
+    """The matrix in colours: green is better, orange worse, grey neither."""
+    titles = list(dict.fromkeys((x["situation"], x["unit"]) for x in found))
+    names = [n for n in METHODS if any(x["method"] == n for x in found)]
+    if not found:
+        return
+    size = (2.4 + 1.05 * len(names), 1.2 + 0.5 * len(titles))
+    figure, axes = plt.subplots(figsize=size, layout="constrained")
+    for x in found:
+        place = names.index(x["method"]), titles.index((x["situation"], x["unit"]))
+        corner = place[0] - 0.47, place[1] - 0.44
+        colour = SHADES.get(x["verdict"], "white")
+        axes.add_patch(Rectangle(corner, 0.94, 0.88, color=colour))
+        axes.text(
+            *place, words(x).replace(" (", "\n("), ha="center", va="center",
+            fontsize=7,
+        )  # fmt: skip
+    axes.set_xlim(-0.5, len(names) - 0.5)
+    axes.set_ylim(len(titles) - 0.5, -0.5)
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks(range(len(titles)), [f"{t},\n{unit}" for t, unit in titles])
     axes.xaxis.tick_top()
-    places = [" ".join(place).replace("_", " ") for place in found]
-    axes.set_yticks(range(len(found)), places, fontsize="small")
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=8)
     axes.spines[:].set_visible(False)
     handles = [Rectangle((0, 0), 1, 1, color=c, label=v) for v, c in SHADES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -130,16 +202,15 @@ def picture(found: Any, methods: Sequence[str], path: Path) -> None:
 
 def main() -> None:
     """Writes summary.json, table.md and summary.png."""
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    options.add_argument("--results", type=Path, default=Path("results"), metavar="DIR")
-    options.add_argument("--out", type=Path, default=Path("results/summary"))
-    given = options.parse_args()
-    lines = all_lines(given.results)
-    found = matrix(lines)
-    methods = list(dict.fromkeys(line["method"] for line in lines))
-    write_json(given.out / "summary.json", lines)
-    write_table(table(found, methods), given.out)
-    picture(found, methods, given.out / "summary.png")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--results", type=Path, default=Path("results"), metavar="DIR")
+    add("--out", type=Path, default=Path("results/summary"), metavar="DIR")
+    options = parser.parse_args()
+    found = [x for s in SITUATIONS for x in fields(options.results, s)]
+    write_json(options.out / "summary.json", found)
+    write_table(table(found), options.out)
+    picture(found, options.out / "summary.png")
 
 
 if __name__ == "__main__":

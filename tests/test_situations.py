@@ -253,8 +253,39 @@ def test_scripts_run_and_resume(script, tmp_path):
     assert {**again[-1], "seconds": 0} == {**rows[-1], "seconds": 0}
     assert (folder / "selection" / "rows.json").read_bytes() == tried
 
-    summary = start("summary", "--results", tmp_path, "--out", tmp_path / "summary")
-    assert summary.returncode == 0, summary.stderr
-    assert json.loads(
-        (tmp_path / "summary" / "summary.json").read_text()
-    ) == read_lines(folder)
+
+def test_summary_compares_with_the_better_baseline_of_each_cell(tmp_path):
+    """Seed by seed, averaged over the cells; less may be more."""
+    values = {  # cell, method: of three seeds
+        ("few-a", "sgd"): (80.0, 81.0, 82.0),
+        ("few-a", "adamw"): (70.0, 71.0, 72.0),
+        ("few-a", "sam"): (82.0, 83.5, 84.0),
+        ("few-b", "sgd"): (50.0, 50.0, 50.0),
+        ("few-b", "adamw"): (60.0, 60.0, 60.0),
+        ("few-b", "sam"): (60.0, 60.5, 61.0),
+        ("few-b", "swa"): (99.0, 99.0, 99.0),  # in one cell only
+    }
+    for script, measure, sign in (("small_data", "accuracy", 1),
+                                  ("recurrent", "perplexity", -1)):  # fmt: skip
+        rows = [
+            {"method": f"{cell}/{name}", "cell": cell, "optimizer": name, "seed": seed,
+             measure: sign * value}
+            for (cell, name), of in values.items()
+            for seed, value in enumerate(of)
+        ]  # fmt: skip
+        (tmp_path / script).mkdir()
+        (tmp_path / script / "rows.json").write_text(json.dumps(rows))
+    done = start("summary", "--results", tmp_path, "--out", tmp_path / "summary")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "summary" / "summary.json").read_text())
+    gains = np.array([[2.0, 2.5, 2.0], [0.0, 0.5, 1.0]]).mean(0)
+    half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(gains)
+    for script in ("small_data", "recurrent"):
+        of = {x["method"]: x for x in found if x["script"] == script}
+        assert set(of) == {"SGD", "Adam(W)", "SAM"}
+        assert of["SAM"]["gain"] == pytest.approx(gains.mean())
+        assert of["SAM"]["low"] == pytest.approx(gains.mean() - half)
+        assert of["SAM"]["verdict"] == "better"
+        assert of["SGD"]["gain"] == of["Adam(W)"]["gain"] == -5.0
+        assert of["SGD"]["verdict"] == "worse"
+    assert (tmp_path / "summary" / "table.md").read_text() in done.stdout
