@@ -20,11 +20,11 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from harness import COLOURS, Row, read_json, write_json, write_table
+from harness import Row, read_json, write_json, write_table
 from matplotlib.patches import Rectangle
 from situations import interval, verdict
 
-SHADES = {"better": COLOURS[2], "worse": COLOURS[1], "same": "#DDDDDD"}
+SHADES = {"better": "#8FD3BF", "worse": "#F2B48C", "same": "#E8E8E8"}
 BASELINES = ("SGD", "Adam(W)")
 METHODS = {  # with the names in the rows, the first of which that is there counts
     "SGD": ("sgd",),

@@ -6,7 +6,7 @@ Fashion-MNIST is the harder one of the two data sets, on which a network can be 
 and sure of it; MNIST is what is unknown. All methods spend the same number of gradients
 of minibatches of 32, and those with draws average the probabilities of 16:
 
-* sgd, adamw, sam, ema, swa: one point;
+* sgd, adamw, sam, asam, entropy_sgd, ema, swa: one point;
 * sgd_tempered: sgd with its logits divided by the temperature that has the smallest NLL
   on the validation images, one number: the baseline to beat;
 * swag: draws from independent normal distributions with means and variances of the
@@ -70,8 +70,8 @@ import optax_flat
 from optax_flat import schedules
 
 METHODS = (
-    "sgd", "sgd_tempered", "adamw", "sam", "ema", "swa", "swag", "sgld",
-    "cyclical_sgld", "psgld", "sghmc", "ivon", "bsam", "ensemble",
+    "sgd", "sgd_tempered", "adamw", "sam", "asam", "entropy_sgd", "ema", "swa", "swag",
+    "sgld", "cyclical_sgld", "psgld", "sghmc", "ivon", "bsam", "ensemble",
 )  # fmt: skip
 SHAPE, CLASSES = (14, 14, 1), 10
 POINTS = 32  # of a run, where chains may have a draw
