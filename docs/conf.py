@@ -11,6 +11,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
 import evidence  # noqa: E402 - beside this file
+import notebooks  # noqa: E402
 import pictures  # noqa: E402
 import situations  # noqa: E402
 
@@ -31,6 +32,10 @@ exclude_patterns = ["_build"]
 
 # The pictures that are drawn: the icon, the one for links, the one of choose.md.
 pictures.draw(HERE / "_build" / "pictures")
+
+# Colab opens the notebooks that lie beside the pages.
+notebooks.write(HERE / "_build" / "extra" / "notebooks")
+html_extra_path = ["_build/extra"]
 
 html_theme = "furo"
 html_title = "optax_flat"
@@ -111,6 +116,15 @@ def numbers(app, docname, content):
         content[0] = evidence.render(text, table=situations.table())
 
 
+def colab(app, docname, content):
+    """Puts a link to Colab under the title of a tutorial."""
+    name = docname.removeprefix("tutorials/")
+    if name in notebooks.names():
+        link = f"[Open in Colab]({notebooks.colab(name)})"
+        content[0] = re.sub(r"^# .*\n", rf"\g<0>\n{link}\n", content[0], count=1, flags=re.M)
+
+
 def setup(app):
     app.connect("include-read", relink)
     app.connect("source-read", numbers)
+    app.connect("source-read", colab)

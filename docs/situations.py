@@ -127,7 +127,7 @@ SITUATIONS = (
     ),
     Situation(
         "little memory",
-        "optax_flat.coolmomentum(0.01, optax_flat.schedules.exponential_cooling(num_steps=1000))",
+        "optax_flat.coolmomentum(0.01, optax_flat.schedules.exponential_cooling(0.99, 1000))",
         "1",
         "methods/coolmomentum.md",
         '{% set r = results("memory") %}'
