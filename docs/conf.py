@@ -113,7 +113,9 @@ def numbers(app, docname, content):
     """Puts the numbers of results/ into the pages that ask for them."""
     if docname.startswith("results/") or content[0].startswith(evidence.MARK):
         text = content[0].removeprefix(evidence.MARK)
-        content[0] = evidence.render(text, table=situations.table())
+        content[0] = evidence.render(
+            text, table=situations.table(), calls=situations.calls()
+        )
 
 
 def colab(app, docname, content):
@@ -121,7 +123,9 @@ def colab(app, docname, content):
     name = docname.removeprefix("tutorials/")
     if name in notebooks.names():
         link = f"[Open in Colab]({notebooks.colab(name)})"
-        content[0] = re.sub(r"^# .*\n", rf"\g<0>\n{link}\n", content[0], count=1, flags=re.M)
+        content[0] = re.sub(
+            r"^# .*\n", rf"\g<0>\n{link}\n", content[0], count=1, flags=re.M
+        )
 
 
 def setup(app):

@@ -52,7 +52,7 @@ class Results:
         seeds = len({row["seed"] for row in self.rows})
         facts = [
             f"`python {' '.join([self.script, options]).strip()}`",
-            f"{len(self.rows)} rows" + (f", {seeds} seeds" if seeds > 1 else ", one seed"),
+            f"{len(self.rows)} rows, {seeds} seed{'s' if seeds > 1 else ''}",
         ]
         if "jax" in self.settings:
             facts.append(f"JAX {self.settings['jax']}, {self.settings['device']}")

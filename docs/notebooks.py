@@ -1,7 +1,7 @@
 """Makes Jupyter notebooks of the tutorials, which are kept as text.
 
-`make notebooks` runs `python docs/notebooks.py dist/notebooks`: every tutorial is executed
-in a fresh kernel and written with its outputs.
+`make notebooks` runs `python docs/notebooks.py dist/notebooks`: every tutorial is
+executed in a fresh kernel and written with its outputs.
 """
 
 import sys
@@ -15,7 +15,7 @@ from nbformat.v4 import new_code_cell
 TUTORIALS = Path(__file__).resolve().parent / "tutorials"
 REPOSITORY = "optax-flat/optax_flat"  # on GitHub; the site is its branch gh-pages
 
-# What a notebook has and its page has not: on Colab the package must come from somewhere.
+# What a notebook has and its page has not: on Colab the package must be installed.
 INSTALL = f"""\
 try:
     import optax_flat
@@ -39,7 +39,9 @@ def notebook(name: str) -> nbformat.NotebookNode:
     """A tutorial as a notebook of format 4, not executed."""
     made = jupytext.read(TUTORIALS / f"{name}.md")
     made.metadata.pop("jupytext", None)
-    made.metadata["accelerator"] = "GPU"  # what Colab starts; a CPU or a TPU does as well
+    made.metadata["accelerator"] = (
+        "GPU"  # what Colab starts; a CPU or a TPU does as well
+    )
     made.metadata["colab"] = {"gpuType": "T4", "provenance": []}
     for cell in made.cells:
         if cell.cell_type == "markdown":  # pages of the site, which lie elsewhere

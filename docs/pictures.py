@@ -17,7 +17,9 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 
 def valley(x):
     """A loss with a narrow hole on the left and a wide valley on the right."""
-    return 1 - 0.95 * np.exp(-(((x + 1.1) / 0.16) ** 2)) - 0.85 * np.exp(-((x - 0.7) ** 2))
+    return (
+        1 - 0.95 * np.exp(-(((x + 1.1) / 0.16) ** 2)) - 0.85 * np.exp(-((x - 0.7) ** 2))
+    )
 
 
 def draw_valley(axes, width):

@@ -1,4 +1,4 @@
-"""Which method in which situation: the table and the picture of choose.md, and of README.
+"""Which method in which situation: for choose.md, its picture, and README.
 
 `python docs/situations.py` prints README's table.
 """
@@ -46,7 +46,10 @@ def labels(percent, method, moment="end"):
             f"{data}-{percent}/sgd",
             f"{moment}_accuracy",
         )
-        for name, data in (("Fashion-MNIST", "fashion_mnist"), ("CIFAR-10", "cifar10_small"))
+        for name, data in (
+            ("Fashion-MNIST", "fashion_mnist"),
+            ("CIFAR-10", "cifar10_small"),
+        )
     )
 
 
@@ -95,7 +98,8 @@ SITUATIONS = (
         "optax_flat.ema_weights(outer, decay=0.999)",
         "1",
         "methods/averaging.md",
-        "with 40 % wrong labels, stopped at the best moment, " + both(40, "ema", "best"),
+        "with 40 % wrong labels, stopped at the best moment, "
+        + both(40, "ema", "best"),
         labels(40, "ema", "best"),
     ),
     Situation(
@@ -116,23 +120,25 @@ SITUATIONS = (
     ),
     Situation(
         "the model has no gradient",
-        "optax_flat.perturbation_gradient(optax.adam(0.01), ensemble_size=64, spread=0.01,"
-        " key=0)",
+        "optax_flat.perturbation_gradient(outer, ensemble_size=64, spread=0.01, key=0)",
         "0",
         "methods/ensemble_kalman.md",
         '{% set r = results("mnist_ensemble") %}'
-        '[{{ r.value("adam_perturbation_components", "accuracy_percent", ".1f") }} % on '
-        'MNIST by forward passes alone, {{ r.value("adam", "accuracy_percent", ".1f") }} % '
-        "with gradients](results/mnist_ensemble.md)",
+        '{% set m = "accuracy_percent" %}'
+        '[{{ r.value("adam_perturbation_components", m, ".1f") }} % on MNIST by '
+        'forward passes alone, {{ r.value("adam", m, ".1f") }} % with gradients]'
+        "(results/mnist_ensemble.md)",
     ),
     Situation(
         "little memory",
-        "optax_flat.coolmomentum(0.01, optax_flat.schedules.exponential_cooling(0.99, 1000))",
+        "optax_flat.coolmomentum(0.01, optax_flat.schedules."
+        "exponential_cooling(0.99, total_steps=1000))",
         "1",
         "methods/coolmomentum.md",
         '{% set r = results("memory") %}'
-        'its peak is [{{ r.value("coolmomentum", "peak") }} times the params, Adam\'s '
-        '{{ r.value("adam", "peak") }}, Entropy-SGD\'s {{ r.value("entropy_sgd", "peak") }}]'
+        'its peak is [{{ r.value("coolmomentum", "peak") }} times the params, '
+        'that of Adam {{ r.value("adam", "peak") }}, of Entropy-SGD '
+        '{{ r.value("entropy_sgd", "peak") }}]'
         "(results/memory.md)",
         readme=False,
     ),
@@ -142,8 +148,8 @@ SITUATIONS = (
         "20 each",
         "methods/parle.md",
         '{% set s = results("scaling") %}{% set m = results("mnist_parle") %}'
-        '[{{ s.ratio("sgd/weak/8", "parle/weak/8", "mib_communicated") }} times fewer bytes '
-        "sent than SGD](results/scaling.md), "
+        '[{{ s.ratio("sgd/weak/8", "parle/weak/8", "mib_communicated") }} times fewer '
+        "bytes sent than SGD](results/scaling.md), "
         '[{{ m.value("parle", "error_percent", ".2f") }} % error on MNIST with three '
         'replicas, one SGD {{ m.value("sgd", "error_percent", ".2f") }} %]'
         "(results/mnist_parle.md)",
@@ -169,15 +175,20 @@ SITUATIONS = (
 
 def table(*, readme: bool = False) -> str:
     """A Markdown table, in README shorter and with links that start at the root."""
-    lines = ["| you | take | gradients per update | what we measured |", "|---|---|---:|---|"]
+    lines = ["| you | take | gradients | what we measured |", "|---|---|---:|---|"]
     for s in SITUATIONS:
         if s.readme or not readme:
             measured = render(s.measured)
             name = s.take.removeprefix("optax_flat.").partition("(")[0]
-            take = f"[`{name}`]({s.page})" if readme else f"`{s.take}`, [more]({s.page})"
-            line = f"| {s.you} | {take} | {s.gradients} | {measured} |"
+            line = f"| {s.you} | [`{name}`]({s.page}) | {s.gradients} | {measured} |"
             lines.append(line.replace("](", "](docs/") if readme else line)
     return "\n".join(lines) + "\n"
+
+
+def calls() -> str:
+    """What to take, as code."""
+    takes = dict.fromkeys(s.take for s in SITUATIONS)
+    return "\n".join(["```python", *(f"tx = {take}" for take in takes), "```"])
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def tab(address):
     """A browser tab to which nothing but the site can be reached."""
     if BROWSER is None:
         pytest.skip("no browser: `apt-get install chromium`")
-    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="pip install playwright"
+    )
     with playwright.sync_playwright() as started:
         browser = started.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"]
@@ -131,7 +133,9 @@ def test_links_lead_somewhere():
             target = urlsplit(link)
             if target.scheme or target.netloc:
                 continue
-            there = (path.parent / unquote(target.path)).resolve() if target.path else path
+            there = (
+                (path.parent / unquote(target.path)).resolve() if target.path else path
+            )
             there = there / "index.html" if there.is_dir() else there
             html = there.suffix == ".html" and there.is_file()
             if not there.is_file() or (

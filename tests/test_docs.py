@@ -71,7 +71,8 @@ def test_every_benchmark_has_a_page(modules):
         assert (rows.parent / "table.md").read_text().strip() in text, page
         assert f"\n{page.stem}\n" in (page.parent / "index.md").read_text()
     text = (DOCS / "choose.md").read_text()
-    assert "{{" not in evidence.render(text, table=situations.table())
+    names = {"table": situations.table(), "calls": situations.calls()}
+    assert "{{" not in evidence.render(text, **names)
 
 
 def test_evidence(modules, tmp_path, monkeypatch):
@@ -114,7 +115,9 @@ def test_situations_are_calls(modules):
 
 QUICK = ("quick_start", "own_method")  # the others take some ten seconds each
 TUTORIALS = [
-    pytest.param(page, id=page.stem, marks=() if page.stem in QUICK else pytest.mark.slow)
+    pytest.param(
+        page, id=page.stem, marks=() if page.stem in QUICK else pytest.mark.slow
+    )
     for page in sorted((DOCS / "tutorials").glob("*.md"))
     if page.stem != "index"
 ]

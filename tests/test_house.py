@@ -100,7 +100,9 @@ def test_readme_is_one_screen_with_the_two_commands():
     assert text.count("\n") <= 90
     assert "\nmake demo  " in text and "\nmake test  " in text
     # Who stops after 40 lines has installed it and seen it work.
-    assert "pip install .  " in text and "\n>>> tx = " in "\n".join(text.split("\n")[:40])
+    assert "pip install .  " in text and "\n>>> tx = " in "\n".join(
+        text.split("\n")[:40]
+    )
 
 
 def test_naming_rules():
