@@ -52,7 +52,7 @@ notebooks: .venv/.docs
 
 # The site in a real browser: Debian's package `chromium`.
 site-check: docs
-	$(BIN)/python -m pip install --quiet 'playwright>=1.50'
+	$(BIN)/python -m pip install --quiet --editable '.[site]'
 	$(BIN)/python -m pytest -q tests/site_check.py
 
 clean:
