@@ -118,7 +118,8 @@ class Results:
     ) -> str:
         """`gain` in words, `2.0 ± 0.6`; `sign=-1` where less is better."""
         mean, half = self.gain(method, other, measure)
-        return f"{format(sign * mean, form)} ± {format(half, form)}"
+        # Unbroken at the end of a line.
+        return f"{format(sign * mean, form)}\xa0±\xa0{format(half, form)}"
 
 
 @functools.cache

@@ -175,12 +175,12 @@ SITUATIONS = (
 
 def table(*, readme: bool = False) -> str:
     """A Markdown table, in README shorter and with links that start at the root."""
-    lines = ["| you | take | gradients | what we measured |", "|---|---|---:|---|"]
+    lines = ["| you | take: gradients per update | what we measured |", "|---|---|---|"]
     for s in SITUATIONS:
         if s.readme or not readme:
             measured = render(s.measured)
             name = s.take.removeprefix("optax_flat.").partition("(")[0]
-            line = f"| {s.you} | [`{name}`]({s.page}) | {s.gradients} | {measured} |"
+            line = f"| {s.you} | [`{name}`]({s.page}): {s.gradients} | {measured} |"
             lines.append(line.replace("](", "](docs/") if readme else line)
     return "\n".join(lines) + "\n"
 

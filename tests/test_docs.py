@@ -93,7 +93,7 @@ def test_evidence(modules, tmp_path, monkeypatch):
     assert found.more("a/sam", "x") == "75 %"
     assert found.ratio("b/sgd", "a/sgd", "x") == "3"
     # The gains 0.5 and 1: mean 0.75, standard error 0.25, t of one degree 12.706.
-    assert found.ahead("*/sam", "*/sgd", "x", form=".3f") == "0.750 ± 3.177"
+    assert found.ahead("*/sam", "*/sgd", "x", form=".3f") == "0.750\xa0±\xa03.177"
     with pytest.raises(KeyError, match="no y of a/sgd"):
         found.value("a/sgd", "y")
 
