@@ -85,7 +85,7 @@ def test_page(page, tab, address):
         """() => ({
           width: document.documentElement.scrollWidth,
           pictures: [...document.images]
-            .filter(i => !i.naturalWidth || !i.alt.trim()).map(i => i.src),
+            .filter(i => !i.naturalWidth || !/ /.test(i.alt)).map(i => i.src),  // words
           formulas: [...document.querySelectorAll('.math')]
             .filter(m => !m.querySelector('mjx-container')
                          || m.querySelector('mjx-merror'))
