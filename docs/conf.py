@@ -37,6 +37,7 @@ pictures.draw(HERE / "_build" / "pictures")
 notebooks.write(HERE / "_build" / "extra" / "notebooks")
 html_extra_path = ["_build/extra"]
 
+html_domain_indices = False  # the reference is by task
 html_theme = "furo"
 html_title = "optax_flat"
 html_favicon = "_build/pictures/favicon.svg"
