@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo gallery test test-all lint format docs clean
+.PHONY: demo gallery test test-all lint format docs notebooks site-check clean
 
 .venv/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed, this is " + sys.version)'
@@ -39,9 +39,21 @@ format: .venv/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: .venv/.installed
+.venv/.docs: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: .venv/.docs
 	$(BIN)/python -m sphinx -W --keep-going -b html docs docs/_build/html
+
+# Every tutorial, executed, as dist/notebooks/*.ipynb.
+notebooks: .venv/.docs
+	$(BIN)/python docs/notebooks.py dist/notebooks
+
+# The site in a real browser: Debian's package `chromium`.
+site-check: docs
+	$(BIN)/python -m pip install --quiet --editable '.[site]'
+	$(BIN)/python -m pytest -q tests/site_check.py
 
 clean:
 	rm -rf .venv .venv-lint docs/_build dist

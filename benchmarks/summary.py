@@ -201,14 +201,14 @@ def picture(found: Sequence[Row], path: Path) -> None:
 
 
 def main() -> None:
-    """Writes summary.json, table.md and summary.png."""
+    """Writes rows.json, table.md and summary.png."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--results", type=Path, default=Path("results"), metavar="DIR")
     add("--out", type=Path, default=Path("results/summary"), metavar="DIR")
     options = parser.parse_args()
     found = [x for s in SITUATIONS for x in fields(options.results, s)]
-    write_json(options.out / "summary.json", found)
+    write_json(options.out / "rows.json", found)
     write_table(table(found), options.out)
     picture(found, options.out / "summary.png")
 

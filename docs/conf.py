@@ -1,8 +1,19 @@
 """Sphinx configuration. `make docs` builds with warnings as errors."""
 
-import pathlib
+import os
 import re
+import sys
 from importlib import metadata
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(HERE))
+
+import evidence  # noqa: E402 - beside this file
+import notebooks  # noqa: E402
+import pictures  # noqa: E402
+import situations  # noqa: E402
 
 project = "optax_flat"
 author = "The optax_flat authors"
@@ -10,15 +21,43 @@ copyright = author
 release = version = metadata.version("optax_flat")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # the formulas need no network
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
 ]
 exclude_patterns = ["_build"]
+
+# The pictures that are drawn: the icon, the one for links, the one of choose.md.
+pictures.draw(HERE / "_build" / "pictures")
+
+# Colab opens the notebooks that lie beside the pages.
+notebooks.write(HERE / "_build" / "extra" / "notebooks")
+html_extra_path = ["_build/extra"]
+
+html_domain_indices = False  # the reference is by task
 html_theme = "furo"
 html_title = "optax_flat"
+html_favicon = "_build/pictures/favicon.svg"
+html_static_path = ["_static", "_build/pictures"]
+html_css_files = ["site.css"]
+templates_path = ["_templates"]
+html_sidebars = {
+    "**": [
+        "sidebar/brand.html",
+        "sidebar/versions.html",
+        "sidebar/search.html",
+        "sidebar/scroll-start.html",
+        "sidebar/navigation.html",
+        "sidebar/scroll-end.html",
+    ]
+}
+# DOCS_VERSIONS="latest=/latest/ 0.1=/0.1/" puts a choice of versions into the sidebar.
+html_context = {
+    "versions": [v.split("=", 1) for v in os.environ.get("DOCS_VERSIONS", "").split()]
+}
 
 # Docstrings are in Google style; `x` is code in them, as it is in Markdown.
 default_role = "code"
@@ -35,7 +74,13 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+# Tutorials run when the site is built, and again only where they have changed.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(HERE / "_build" / "executed")
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+
 PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
 LINK = re.compile(r"(!?)\[([^][]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
@@ -65,5 +110,26 @@ def relink(app, path, parent, content):
     content[0] = LINK.sub(replace, content[0])
 
 
+def numbers(app, docname, content):
+    """Puts the numbers of results/ into the pages that ask for them."""
+    if docname.startswith("results/") or content[0].startswith(evidence.MARK):
+        text = content[0].removeprefix(evidence.MARK)
+        content[0] = evidence.render(
+            text, table=situations.table(), calls=situations.calls()
+        )
+
+
+def colab(app, docname, content):
+    """Puts a link to Colab under the title of a tutorial."""
+    name = docname.removeprefix("tutorials/")
+    if name in notebooks.names():
+        link = f"[Open in Colab]({notebooks.colab(name)})"
+        content[0] = re.sub(
+            r"^# .*\n", rf"\g<0>\n{link}\n", content[0], count=1, flags=re.M
+        )
+
+
 def setup(app):
     app.connect("include-read", relink)
+    app.connect("source-read", numbers)
+    app.connect("source-read", colab)

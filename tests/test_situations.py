@@ -277,7 +277,7 @@ def test_summary_compares_with_the_better_baseline_of_each_cell(tmp_path):
         (tmp_path / script / "rows.json").write_text(json.dumps(rows))
     done = start("summary", "--results", tmp_path, "--out", tmp_path / "summary")
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "summary" / "summary.json").read_text())
+    found = json.loads((tmp_path / "summary" / "rows.json").read_text())
     gains = np.array([[2.0, 2.5, 2.0], [0.0, 0.5, 1.0]]).mean(0)
     half = scipy.stats.t.ppf(0.975, 2) * scipy.stats.sem(gains)
     for script in ("small_data", "recurrent"):
