@@ -62,11 +62,11 @@ SITUATIONS = (
     ),
     Situation("100 to 3,000 labels", "small_data", FASHION, "accuracy", "%"),
     Situation(
-        "ViT from scratch", "transformers", "DIR,cifar10_small.npz", "accuracy", "%",
+        "ViT from scratch", "transformer", "DIR,cifar10_small.npz", "accuracy", "%",
         cells="vit",
     ),
     Situation(
-        "Transformer on text", "transformers", "DIR,cifar10_small.npz", "bits",
+        "Transformer on text", "transformer", "DIR,cifar10_small.npz", "bits",
         "bits per character", -1, "chars",
     ),
     Situation("LSTM on text", "recurrent", "DIR", "perplexity", "perplexity", -1),

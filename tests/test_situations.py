@@ -180,14 +180,14 @@ def test_patches_are_a_convolution(models, stride):
 
 
 def test_windows_have_the_next_character(benchmarks):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformer")
     found = transformers.windows(np.arange(10), 3)
     np.testing.assert_array_equal(found, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]])
 
 
 SCRIPTS = {
     "small_data": (["sgd", "sam"], ["mlp-20"]),
-    "transformers": (["adamw", "entropy_adam"], ["chars", "vit"]),
+    "transformer": (["adamw", "entropy_adam"], ["chars", "vit"]),
     "noisy_labels": (["adamw", "ema"], ["mlp-40"]),
     "large_batches": (["sgd", "sgd_scaled", "parle"], ["batch-4", "batch-8"]),
     "quantize_later": (["sgd", "sam"], ["mlp"]),

@@ -13,7 +13,7 @@ Methods that have an optimizer inside have AdamW. Every run spends the same numb
 gradients, 2,000 by default, at batch 16 (chars) or 32 (vit). See situations.py for
 tuning and intervals.
 
-    python benchmarks/transformers.py --data DIR,cifar10_small.npz
+    python benchmarks/transformer.py --data DIR,cifar10_small.npz
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt.
 """
@@ -141,7 +141,7 @@ def vit(images: Images, sizes: Sizes) -> Cell:
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=3, name="transformers").parse_args()
+    options = options_of(__doc__, METHODS, seeds=3, name="transformer").parse_args()
     sizes = SIZES["smoke" if options.smoke else options.preset]
     cells: list[Any] = []
     if options.smoke and not options.data:
@@ -158,7 +158,7 @@ def main() -> None:
         **sizes._asdict(), "data": [path.name for path in options.data],
         "preset": options.preset,
     }  # fmt: skip
-    compare("transformers", cells, options, settings)
+    compare("transformer", cells, options, settings)
 
 
 if __name__ == "__main__":
