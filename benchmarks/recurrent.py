@@ -66,8 +66,8 @@ OTHERS = {
     )
 }
 METHODS = (
-    "sgd", "adamw", "sam", "ema", "ivon", "coolmomentum", "entropy_sgd_short",
-    "entropy_adam", NOISELESS,
+    "sgd", "adamw", "sam", "asam", "ema", "swa", "ivon", "coolmomentum",
+    "entropy_sgd_short", "entropy_adam", NOISELESS,
 )  # fmt: skip
 WALKS = (  # noise and eps
     (0.0, 1e-8), (1e-8, 1e-8), (1e-6, 1e-8), (1e-4, 1e-8), (1e-4, 1e-4), (1e-4, 1e-3),
