@@ -4,6 +4,7 @@
 executed in a fresh kernel and written with its outputs.
 """
 
+import re
 import sys
 import time
 from pathlib import Path
@@ -46,6 +47,9 @@ def notebook(name: str) -> nbformat.NotebookNode:
     for cell in made.cells:
         if cell.cell_type == "markdown":  # pages of the site, which lie elsewhere
             cell.source = cell.source.replace("](../", f"]({page()}")
+            cell.source = re.sub(
+                r"\]\((\w+)\.md", lambda m: f"]({colab(m[1])}", cell.source
+            )
     install = new_code_cell(INSTALL.strip(), metadata={"tags": ["remove-cell"]})
     made.cells.insert(1, install)
     for number, cell in enumerate(made.cells):  # the same file from the same text
