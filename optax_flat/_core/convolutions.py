@@ -59,10 +59,9 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
       fn: a function of trees of arrays, with the gradient *inside*: rules of
         differentiation that `fn` brings along (`jax.custom_vjp`) are not rewritten, and
       neither are convolutions in groups with negative padding, which the fast kernels
-      get wrong.
-        Convolutions whose outputs are sharded over an Explicit mesh stay as they are,
-        and so do those of a `jax.shard_map` inside `fn` that checks what varies
-        (``check_vma=True``); `fn` itself may stand inside one.
+      get wrong. Convolutions whose outputs are sharded over an Explicit mesh stay as
+        they are, and so do those of a `jax.shard_map` inside `fn` that checks what
+        varies (``check_vma=True``); `fn` itself may stand inside one.
 
     Returns:
       A function with the same arguments and results. It may be jitted, mapped and
@@ -79,7 +78,7 @@ def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
       ...     return jnp.mean(outputs ** 2)
       >>> def train(wrapper, kernel):
       ...     def body(kernel, _):
-      ...         return kernel - 0.1 * jax.grad(loss)(kernel), None
+      ...         return kernel - 1e-4 * jax.grad(loss)(kernel), None
       ...     return jax.lax.scan(wrapper(body), kernel, length=3)[0]
       >>> kernel = jnp.ones((3, 3, 3, 4))
       >>> fast, plain = train(fast_convolutions, kernel), train(lambda f: f, kernel)
