@@ -193,6 +193,15 @@ def test_transformed_afterwards():
     def mean(kernel):
         return jax.lax.pmean(gradient(kernel, IMAGES), "replica")
 
+    operator = lambda images: jax.lax.conv_general_dilated(
+        images, KERNEL.transpose(3, 2, 0, 1), (1, 1), "SAME"
+    )
+    images = IMAGES.transpose(0, 3, 1, 2)
+    transposes = [
+        jax.linear_transpose(function, images)(operator(images))
+        for function in (fast_convolutions(operator), operator)
+    ]
+    assert_close(*transposes)
     mapped = functools.partial(jax.vmap, axis_name="replica")
     assert_close(mapped(fast_convolutions(mean))(kernels), mapped(mean)(kernels))
     assert calls(fast_convolutions(fast), KERNEL, IMAGES) == 1  # not twice

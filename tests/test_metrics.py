@@ -129,6 +129,20 @@ def test_states_of_ones_own():
     assert optax_flat.metrics(optax.adam(0.1).init(jnp.ones(2))) == {}
 
 
+class Foreign(NamedTuple):
+    """A state of others, which has something else under our name."""
+
+    metrics: Any
+    inner_state: Any
+
+
+@pytest.mark.parametrize("value", [jnp.ones(3), {"loss": 1.0}, ("loss",)])
+def test_a_field_of_that_name_is_none_of_ours(value):
+    inner = optax_flat.coolmomentum(0.1).init(jnp.ones(2))
+    found = optax_flat.metrics(Foreign(value, inner))
+    assert set(found) == {"count", "temperature"}
+
+
 def test_states_of_frameworks():
     """NNX wraps every array of a state; `parle` and populations come from a vmap."""
     tx = optax_flat.coolmomentum(0.1)

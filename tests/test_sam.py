@@ -303,6 +303,13 @@ def test_momentum_sam_perturbs_along_the_coming_step():
         optax.chain(optax.scale(-1e-3), optax.trace(0.9)),
         optax.adamw(1e-3),
         optax.inject_hyperparams(optax.sgd)(1e-3, momentum=0.9),
+        optax.MultiSteps(optax.sgd(1e-3, momentum=0.9), 2).gradient_transformation(),
+        optax.chain(optax.apply_every(2), optax.sgd(1e-3, momentum=0.9)),
+        optax.chain(
+            optax.scale_by_schedule(optax.linear_schedule(0.0, 1e-3, 2)),
+            optax.trace(0.9),
+            optax.scale(-1.0),
+        ),
     )
 
     def f(x):
@@ -317,6 +324,28 @@ def test_momentum_sam_perturbs_along_the_coming_step():
         assert f(x) < f(optax_flat.eval_params(state, x)) - 0.5
     with pytest.raises(ValueError, match="`outer` must keep a momentum"):
         optax_flat.momentum_sam(optax.rmsprop(0.1)).init(x)
+
+
+def test_momentum_sam_of_centralized_gradients():
+    """A constant gradient would be none."""
+    outer = optax.chain(optax.centralize(), optax.sgd(1e-3, momentum=0.9))
+    tx, x = optax_flat.momentum_sam(outer, rho=0.5), jnp.array([[1.0, -2.0]])
+    f = lambda x: jnp.sum(x**2) / 2
+    updates, state = tx.update(jax.grad(f)(x), tx.init(x), x)
+    x = optax.apply_updates(x, updates)
+    assert f(x) < f(optax_flat.eval_params(state, x)) - 0.5
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize("accumulator_dtype", [None, jnp.bfloat16])
+def test_momentum_sam_keeps_the_dtypes_of_its_state(x64, accumulator_dtype):
+    with jax.enable_x64(x64):
+        tx = optax_flat.momentum_sam(SGD, rho=0.1, accumulator_dtype=accumulator_dtype)
+        params = ragged_params(jnp.float32)
+        state = tx.init(params)
+        _, after = tx.update(params, state, params)
+    for old, new in zip(*map(jax.tree.leaves, (state, after)), strict=True):
+        assert (old.shape, old.dtype) == (new.shape, new.dtype)
 
 
 def test_rounding_is_no_direction():

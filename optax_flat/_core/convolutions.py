@@ -193,7 +193,8 @@ def _convolve(lhs, rhs, params):
         lhs = _transposed(lhs, given.lhs_spec, fast.lhs_spec)
         rhs = _transposed(rhs, given.rhs_spec, fast.rhs_spec)
         # Without it XLA takes the transpositions back into the convolution.
-        lhs, rhs = lax.optimization_barrier((lhs, rhs))
+        # One for each: JAX cannot transpose a common one where one operand is constant.
+        lhs, rhs = lax.optimization_barrier(lhs), lax.optimization_barrier(rhs)
         new = settings | {"dimension_numbers": fast}
         out = conv_general_dilated_p.bind(lhs, rhs, **new)
         return _transposed(out, fast.out_spec, given.out_spec)

@@ -97,8 +97,10 @@ def _named(tree: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _names(node: Any) -> tuple[str, ...]:
-    named = getattr(node, "metrics", ()) if isinstance(node, tuple) else ()
-    return named or OF_OPTAX.get(type(node), ())
+    # Of the class: a state of others may have a field of that name.
+    named = getattr(type(node), "metrics", ()) if isinstance(node, tuple) else ()
+    ours = named if isinstance(named, tuple) else ()
+    return ours or OF_OPTAX.get(type(node), ())
 
 
 def _is_number(value: Any) -> bool:

@@ -21,6 +21,8 @@ from optax_flat._core.arguments import LoopArguments, factory
 from optax_flat._core.hyperparams import at
 from optax_flat._core.walk import Walk
 
+PROBES = 1000  # updates after which a momentum of zero is taken for one of steps
+
 
 class MomentumSAMState(NamedTuple):
     """What lives between updates."""
@@ -116,14 +118,9 @@ def momentum_sam(
         w = trees.accumulator(params, accumulator_dtype)
         outer_state = outer.init(w)
         _check_momentum(outer_state, w)
-        zeros = optax.tree.zeros_like(w)
-        remainder = jax.tree.map(_remainder, zeros, params)
-        # What a gradient uphill makes of the momentum: most optimizers add it up, some
-        # keep the steps, which may be zero at first (warm-up).
-        _, tried = outer.update(optax.tree.ones_like(w), outer_state, zeros)
-        uphill = jnp.asarray(optax.tree.sum(_momentum(tried))) > 0
-        count, zero, one = jnp.zeros([], jnp.int32), jnp.zeros([]), jnp.ones([])
-        sign = jnp.where(uphill, one, -one)
+        remainder = jax.tree.map(_remainder, optax.tree.zeros_like(w), params)
+        count, zero = jnp.zeros([], jnp.int32), jnp.zeros([])
+        sign = _sign(outer, outer_state, w)
         return MomentumSAMState(count, outer_state, sign, zero, remainder)
 
     def start(memory, params):
@@ -138,13 +135,13 @@ def momentum_sam(
     def finish(memory, inner, params):
         w = optax.tree.add(inner.point, memory.offset)
         steps, outer_state = outer.update(inner.gradient, memory.outer_state, w)
-        w = optax.tree.add(w, steps)
+        w = optax.apply_updates(w, steps)
         count = jnp.asarray(optax.safe_increment(memory.count))
         momentum = _momentum(outer_state)
         size = trees.norm(momentum)
         inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1.0), 0.0)
         factor = memory.sign * at(rho, count) * inverse
-        there = jax.tree.map(lambda w, v: w - factor * v, w, momentum)
+        there = jax.tree.map(lambda w, v: w - (factor * v).astype(w.dtype), w, momentum)
         updates, reached = trees.steps_to(there, params)
         rest = optax.tree.sub(there, reached)
         remainder = jax.tree.map(_remainder, rest, params)
@@ -153,6 +150,34 @@ def momentum_sam(
         )
 
     return modes.build(Walk(1, init, start, step, finish), loop)
+
+
+def _sign(outer, outer_state, params):
+    """-1 where `outer` keeps minus the momentum: what gradients uphill make of it.
+
+    Most optimizers add them up, some keep the steps. Either may stay zero for a while,
+    in a warm-up or inside `optax.MultiSteps`.
+    """
+
+    def slope(leaf):  # not a constant one, which `optax.centralize` makes zero
+        return jnp.linspace(0.5, 1.5, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+
+    gradient = trees.sharded_like(jax.tree.map(slope, params), params)
+    zeros = optax.tree.zeros_like(params)
+
+    def product(state):
+        return trees.vdot(_momentum(state), gradient)
+
+    def is_unknown(tried):
+        state, count = tried
+        return (product(state) == 0) & (count < PROBES)
+
+    def again(tried):
+        state, count = tried
+        return outer.update(gradient, state, zeros)[1], count + 1
+
+    state, _ = jax.lax.while_loop(is_unknown, again, (outer_state, 0))
+    return jnp.where(product(state) > 0, jnp.ones([]), -jnp.ones([]))
 
 
 def _remainder(rest, param):
