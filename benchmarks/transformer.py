@@ -32,7 +32,8 @@ from ptb_lstm import TEXTS
 from situations import Cell, Data, Task, averaged, compare, image_task, options_of
 
 METHODS = (
-    "sgd", "adamw", "sam", "asam", "entropy_adam", "ema", "lawa", "ivon", "coolmomentum"
+    "sgd", "adamw", "sam", "asam", "entropy_adam", "ema", "lawa", "swa", "ivon",
+    "coolmomentum",
 )  # fmt: skip
 CLASSES = 10
 

@@ -115,8 +115,11 @@ SITUATIONS = (
         "optax_flat.ivon(0.1, ess=50_000, key=0)",
         "1",
         "methods/posteriors.md",
-        "draws from IVON's posterior are better than its mean, and not better than a "
-        "well-tuned SGD, [on digits](methods/posteriors.md#does-it-help)",
+        '{% set r = results("uncertainty") %}{% set e = "ece" %}'
+        "calibration error [{{ r.value('mlp/ivon', e, '.1f') }} against AdamW's "
+        "{{ r.value('mlp/adamw', e, '.1f') }}, and "
+        "{{ r.value('mlp/sgd_tempered', e, '.1f') }} of SGD with a fitted temperature]"
+        "(results/uncertainty.md): fit that first",
     ),
     Situation(
         "the model has no gradient",
@@ -163,11 +166,12 @@ SITUATIONS = (
         readme=False,
     ),
     Situation(
-        "weights are quantized later",
-        "optax_flat.asam(outer, rho=0.5)",
-        "2",
-        "methods/sam.md",
-        "**not measured here yet**; papers report gains",
+        "weights are rounded or pruned later",
+        "optax_flat.swa(outer, start=1000)",
+        "1",
+        "methods/averaging.md",
+        "level with the better one of SGD and AdamW, as is no method above it: "
+        "[by severity](results/quantize_later.md)",
         readme=False,
     ),
 )
