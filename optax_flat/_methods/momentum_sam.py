@@ -165,19 +165,22 @@ def _sign(outer, outer_state, params):
     gradient = trees.sharded_like(jax.tree.map(slope, params), params)
     zeros = optax.tree.zeros_like(params)
 
-    def product(state):
-        return trees.vdot(_momentum(state), gradient)
-
     def is_unknown(tried):
-        state, count = tried
-        return (product(state) == 0) & (count < PROBES)
+        _, product, count = tried
+        return (product == 0) & (count < PROBES)
 
     def again(tried):
-        state, count = tried
-        return outer.update(gradient, state, zeros)[1], count + 1
+        state, _, count = tried
+        _, state = outer.update(gradient, state, zeros)
+        return state, trees.vdot(_momentum(state), gradient), count + 1
 
-    state, _ = jax.lax.while_loop(is_unknown, again, (outer_state, 0))
-    return jnp.where(product(state) > 0, jnp.ones([]), -jnp.ones([]))
+    tried = outer_state, jnp.zeros_like(trees.vdot(zeros, zeros)), 0
+    if trees.is_traced((tried, params)):
+        tried = jax.lax.while_loop(is_unknown, again, tried)
+    else:  # a loop of JAX would be compiled anew at every call
+        while is_unknown(tried):
+            tried = again(tried)
+    return jnp.where(tried[1] > 0, jnp.ones([]), -jnp.ones([]))
 
 
 def _remainder(rest, param):
