@@ -133,7 +133,7 @@ def _rewritten(value: Any) -> Any:
 def _equation(eqn: JaxprEqn) -> JaxprEqn:
     if eqn.primitive is conv_general_dilated_p:
         return _convolution(eqn)
-    done = eqn.params.get("name") == "_convolve"
+    done = eqn.params.get("name") == "_fast_convolve"
     if done or eqn.primitive.name not in ENTERED:
         return eqn
     params = {name: _rewritten(value) for name, value in eqn.params.items()}
@@ -146,14 +146,14 @@ def _same(new: Iterable[Any], old: Iterable[Any]) -> bool:
 
 
 def _convolution(eqn: JaxprEqn) -> JaxprEqn:
-    """A call of `_convolve`, which is the convolution on any other platform."""
+    """A call of `_fast_convolve`, which is the convolution on any other platform."""
     numbers = eqn.params["dimension_numbers"]
     if numbers == _fast_layout(len(numbers.lhs_spec)):
         return eqn
     if _is_sharded(eqn.params.get("out_sharding")) or _is_cropped_in_groups(eqn.params):
         return eqn
     operands = [operand.aval for operand in eqn.invars]
-    trace = jax.make_jaxpr(_convolve, static_argnums=2)
+    trace = jax.make_jaxpr(_fast_convolve, static_argnums=2)
     with eqn.ctx.manager:
         (call,) = trace(*operands, tuple(eqn.params.items())).eqns
     if call.outvars[0].aval != eqn.outvars[0].aval:  # what varies inside shard_map
@@ -181,7 +181,7 @@ def _fast_layout(ndim: int) -> lax.ConvDimensionNumbers:
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _convolve(lhs, rhs, params):
+def _fast_convolve(lhs, rhs, params):
     settings = dict(params)
     given = settings["dimension_numbers"]
     fast = _fast_layout(lhs.ndim)
