@@ -196,7 +196,7 @@ def picture(found: Sequence[Row], path: Path) -> None:
     axes.spines[:].set_visible(False)
     handles = [Rectangle((0, 0), 1, 1, color=c, label=v) for v, c in SHADES.items()]
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=200)
+    figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
