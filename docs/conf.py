@@ -10,10 +10,10 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
+import choices  # noqa: E402
 import evidence  # noqa: E402 - beside this file
 import notebooks  # noqa: E402
 import pictures  # noqa: E402
-import situations  # noqa: E402
 
 project = "optax_flat"
 author = "The optax_flat authors"
@@ -114,9 +114,7 @@ def numbers(app, docname, content):
     """Puts the numbers of results/ into the pages that ask for them."""
     if docname.startswith("results/") or content[0].startswith(evidence.MARK):
         text = content[0].removeprefix(evidence.MARK)
-        content[0] = evidence.render(
-            text, table=situations.table(), calls=situations.calls()
-        )
+        content[0] = evidence.render(text, table=choices.table(), calls=choices.calls())
 
 
 def colab(app, docname, content):

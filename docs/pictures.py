@@ -8,9 +8,9 @@ from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
+from choices import SITUATIONS
 from evidence import results
 from matplotlib.figure import Figure
-from situations import SITUATIONS
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#767676"
 
@@ -50,7 +50,7 @@ def social(path: Path) -> None:
 
 
 def measured(path: Path) -> None:
-    """The effects of situations.py, with 95 % intervals."""
+    """The effects of choices.py, with 95 % intervals."""
     effects = [effect for s in SITUATIONS for effect in s.effects]
     figure = Figure(figsize=(7.5, 0.9 + 0.34 * len(effects)), layout="constrained")
     axes = figure.add_subplot()

@@ -53,25 +53,25 @@ def test_page_runs(page, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def modules():
-    """What the site is built with: evidence.py, situations.py."""
+    """What the site is built with: evidence.py, choices.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(DOCS)
+        import choices
         import evidence
-        import situations
 
-        yield evidence, situations
+        yield evidence, choices
 
 
 def test_every_benchmark_has_a_page(modules):
     """With its table; and each number of a page is found in the rows."""
-    evidence, situations = modules
+    evidence, choices = modules
     for rows in sorted((DOCS.parent / "results").glob("*/rows.json")):
         page = DOCS / "results" / f"{rows.parent.name}.md"
         text = evidence.render(page.read_text())
         assert (rows.parent / "table.md").read_text().strip() in text, page
         assert f"\n{page.stem}\n" in (page.parent / "index.md").read_text()
     text = (DOCS / "choose.md").read_text()
-    names = {"table": situations.table(), "calls": situations.calls()}
+    names = {"table": choices.table(), "calls": choices.calls()}
     assert "{{" not in evidence.render(text, **names)
 
 
@@ -99,8 +99,8 @@ def test_evidence(modules, tmp_path, monkeypatch):
 
 
 def test_readme_has_the_table_of_the_situations(modules):
-    _, situations = modules
-    table = situations.table(readme=True)
+    _, choices = modules
+    table = choices.table(readme=True)
     assert table in (DOCS.parent / "README.md").read_text(), table
 
 

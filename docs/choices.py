@@ -1,6 +1,6 @@
 """Which method in which situation: for choose.md, its picture, and README.
 
-`python docs/situations.py` prints README's table.
+`python docs/choices.py` prints README's table.
 """
 
 from typing import NamedTuple
