@@ -39,7 +39,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.stats
-from harness import (
+from tqdm.auto import tqdm
+
+import optax_flat
+from benchmarks.harness import (
     COLOURS,
     SELECTION_SEED,
     Row,
@@ -48,11 +51,8 @@ from harness import (
     write_json,
     write_table,
 )
-from methods import AXIS, CATALOGUES, Method, Setup
-from models import Model
-from tqdm.auto import tqdm
-
-import optax_flat
+from benchmarks.methods import AXIS, CATALOGUES, Method, Setup
+from benchmarks.models import Model
 from optax_flat.training import make_train_step
 
 BASELINES = ("sgd", "adamw")

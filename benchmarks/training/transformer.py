@@ -13,7 +13,7 @@ Methods that have an optimizer inside have AdamW. Every run spends the same numb
 gradients, 2,000 by default, at batch 16 (chars) or 32 (vit). See situations.py for
 tuning and intervals.
 
-    python benchmarks/transformer.py --data DIR,cifar10_small.npz
+    python -m benchmarks.training.transformer --data DIR,cifar10_small.npz
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt.
 """
@@ -23,13 +23,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
-from harness import Images, load_images, random_images
-from models import Model
-from ptb_lstm import TEXTS
-from situations import Cell, Data, Task, averaged, compare, image_task, options_of
+
+from benchmarks import models
+from benchmarks.harness import Images, load_images, random_images
+from benchmarks.models import Model
+from benchmarks.situations import (
+    Cell,
+    Data,
+    Task,
+    averaged,
+    compare,
+    image_task,
+    options_of,
+)
+from benchmarks.training.ptb_lstm import TEXTS
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "entropy_adam", "ema", "lawa", "swa", "ivon",

@@ -41,7 +41,7 @@ has the steps of the walk and the jump at its end. A run whose loss becomes NaN 
 infinite is ended and has no perplexities; its row says in `diverged_at` after how many
 gradients.
 
-    python benchmarks/ptb_lstm.py --data DIR --out out/ptb_lstm
+    python -m benchmarks.training.ptb_lstm --data DIR
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line. A run that
 was cut off goes on at the quarter of an epoch where it was.
@@ -58,11 +58,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint, checkpointed
-from harness import COLOURS, Row, Rows, parser, table, write_table
 from tqdm.auto import tqdm
 
 import optax_flat
+from benchmarks.checkpoint import Checkpoint, checkpointed
+from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
 from optax_flat import schedules
 
 WALK = 5  # L

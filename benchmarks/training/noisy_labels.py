@@ -15,18 +15,18 @@ For the first two the methods that have an optimizer inside have SGD with moment
 the ViT AdamW. Every run spends 4,000 gradients of minibatches of 32, 25 passes, and is
 measured at its end. See situations.py for tuning and intervals.
 
-    python benchmarks/noisy_labels.py --data fashion_mnist.npz
+    python -m benchmarks.training.noisy_labels --data fashion_mnist.npz
 """
 
 import functools
 import itertools
 from typing import Any, NamedTuple
 
-import models
-from flat_study import wrong_labels
-from harness import Images, load_images, random_images
-from situations import Cell, Data, compare, image_task, options_of
-from small_data import CLASSES, SHAPE, prepared
+from benchmarks import models
+from benchmarks.flatness.flat_study import wrong_labels
+from benchmarks.harness import Images, load_images, random_images
+from benchmarks.situations import Cell, Data, compare, image_task, options_of
+from benchmarks.training.small_data import CLASSES, SHAPE, prepared
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "ivon"

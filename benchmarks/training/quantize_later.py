@@ -31,7 +31,7 @@ draws methods with both rates and all their seeds, and within, where only runs o
 same method are compared and it draws runs. Also the partial tau given the training
 loss. ReLU has no second derivative at its kink; the Hessian is that around it.
 
-    python benchmarks/quantize_later.py --data fashion_mnist.npz
+    python -m benchmarks.training.quantize_later --data fashion_mnist.npz
 """
 
 import functools
@@ -40,14 +40,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import correlation
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import COLOURS, Images, Row, Rows, load_images, random_images, write_json
-from situations import (
+
+from benchmarks import correlation
+from benchmarks.harness import (
+    COLOURS,
+    Images,
+    Row,
+    Rows,
+    load_images,
+    random_images,
+    write_json,
+)
+from benchmarks.situations import (
     BASELINES,
     Cell,
     Choice,
@@ -62,8 +71,7 @@ from situations import (
     side_by_side,
     verdict,
 )
-from small_data import networks, prepared
-
+from benchmarks.training.small_data import networks, prepared
 from optax_flat import flatness
 
 METHODS = ("sgd", "adamw", "sam", "asam", "entropy_sgd", "ema", "swa", "ivon")

@@ -39,7 +39,7 @@ on components from as many with `--hold-out`, which trains on the first five six
 the training images and measures on the others; those of sgd, nesterov, adam, of the
 thesis and of adam_activity are the usual ones, not tuned.
 
-    python benchmarks/mnist_ensemble.py --data mnist.npz --out out/mnist_ensemble
+    python -m benchmarks.training.mnist_ensemble --data mnist.npz
 """
 
 import functools
@@ -53,7 +53,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import (
+
+import optax_flat
+from benchmarks.harness import (
     COLOURS,
     Images,
     Row,
@@ -64,8 +66,6 @@ from harness import (
     table,
     write_table,
 )
-
-import optax_flat
 from optax_flat.training import make_train_step
 
 PIXELS, CLASSES = 784, 10

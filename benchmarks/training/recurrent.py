@@ -25,7 +25,7 @@ and half the gradients. The embedding has 50 more rows than there are words.
   twice that of the dead rows, so that their noise is larger than their signal;
 * validation perplexity.
 
-    python benchmarks/recurrent.py --data DIR
+    python -m benchmarks.training.recurrent --data DIR
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line.
 """
@@ -40,10 +40,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, table
-from methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
-from ptb_lstm import Text, load_text, lstm, random_text
-from situations import (
+
+import optax_flat
+from benchmarks.harness import Row, Rows, table
+from benchmarks.methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
+from benchmarks.situations import (
     Cell,
     Data,
     Task,
@@ -53,8 +54,7 @@ from situations import (
     ordered,
     side_by_side,
 )
-
-import optax_flat
+from benchmarks.training.ptb_lstm import Text, load_text, lstm, random_text
 from optax_flat.training import make_train_step
 
 CLIP = 5.0

@@ -31,7 +31,7 @@ given the training loss (see correlation.py). The norm of the params and the tra
 loss are there for comparison: what they tell needs no measure of flatness. A number
 that is not finite is left out of its row.
 
-    python benchmarks/flat_study.py --data mnist.npz,fashion_mnist.npz
+    python -m benchmarks.flatness.flat_study --data mnist.npz,fashion_mnist.npz
 """
 
 import functools
@@ -42,13 +42,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import correlation
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import (
+
+import optax_flat
+from benchmarks import correlation
+from benchmarks.harness import (
     COLOURS,
     Images,
     Row,
@@ -61,8 +63,6 @@ from harness import (
     write_json,
     write_table,
 )
-
-import optax_flat
 from optax_flat import flatness
 from optax_flat.training import make_train_step
 

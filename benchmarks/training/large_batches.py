@@ -10,15 +10,15 @@ sgd, adamw, sam, entropy_sgd (walks of five), ema and parle are tuned for every 
 `sgd_scaled` is SGD with the settings tuned at the smallest batch, the rate multiplied
 by batch / smallest, which costs no tuning. See situations.py for tuning and intervals.
 
-    python benchmarks/large_batches.py --data fashion_mnist.npz
+    python -m benchmarks.training.large_batches --data fashion_mnist.npz
 """
 
 from typing import NamedTuple
 
-import models
-from harness import Images, load_images, random_images
-from situations import Cell, Data, compare, image_task, options_of
-from small_data import CLASSES, SHAPE, prepared
+from benchmarks import models
+from benchmarks.harness import Images, load_images, random_images
+from benchmarks.situations import Cell, Data, compare, image_task, options_of
+from benchmarks.training.small_data import CLASSES, SHAPE, prepared
 
 METHODS = (
     "sgd", "adamw", "sam", "entropy_sgd_short", "parle", "ema", "sgd_scaled"

@@ -14,17 +14,18 @@ For the first two the methods that have an optimizer inside have SGD with moment
 the ViT AdamW. Every run spends the same number of gradients of minibatches of 16,
 whatever n is. See situations.py for tuning and intervals.
 
-    python benchmarks/small_data.py --data fashion_mnist.npz
+    python -m benchmarks.training.small_data --data fashion_mnist.npz
 """
 
 import functools
 import itertools
 from typing import Any, NamedTuple
 
-import models
 import numpy as np
-from harness import Images, load_images, random_images
-from situations import Cell, Data, averaged, compare, image_task, options_of
+
+from benchmarks import models
+from benchmarks.harness import Images, load_images, random_images
+from benchmarks.situations import Cell, Data, averaged, compare, image_task, options_of
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "swa", "ivon"

@@ -33,7 +33,7 @@ Tables: mean and standard error over the seeds. A star: the difference from sgd,
 seed, has a 95 % interval (Student's t) without 0. Of twenty differences one would have
 a star by chance.
 
-    python benchmarks/label_noise.py --data fashion_mnist.npz,cifar10_small.npz
+    python -m benchmarks.training.label_noise --data fashion_mnist.npz,cifar10_small.npz
 """
 
 import functools
@@ -49,8 +49,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.stats
-from flat_study import patches, wrong_labels
-from harness import (
+
+import optax_flat
+from benchmarks.flatness.flat_study import patches, wrong_labels
+from benchmarks.harness import (
     COLOURS,
     SELECTION_SEED,
     Images,
@@ -62,8 +64,6 @@ from harness import (
     random_images,
     write_table,
 )
-
-import optax_flat
 from optax_flat.training import make_train_step
 
 WALK = 20  # gradients per update of Entropy-SGD

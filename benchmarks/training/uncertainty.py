@@ -37,7 +37,7 @@ model's own probabilities, under which it is calibrated.
 paper of IVON (arXiv 2402.17641) reports to be worse calibrated. A run that diverged
 says the same of every image: all classes alike.
 
-    python benchmarks/uncertainty.py --data fashion_mnist.npz,mnist.npz
+    python -m benchmarks.training.uncertainty --data fashion_mnist.npz,mnist.npz
 """
 
 import functools
@@ -46,15 +46,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import scipy.optimize
 import scipy.stats
-from harness import Images, Row, Rows, load_images, random_images
-from methods import CATALOGUES, Method, Setup, sgd
-from models import Model
-from situations import (
+
+import optax_flat
+from benchmarks import models
+from benchmarks.harness import Images, Row, Rows, load_images, random_images
+from benchmarks.methods import CATALOGUES, Method, Setup, sgd
+from benchmarks.models import Model
+from benchmarks.situations import (
     Cell,
     Data,
     Trained,
@@ -65,8 +67,6 @@ from situations import (
     options_of,
     verdict,
 )
-
-import optax_flat
 from optax_flat import schedules
 
 METHODS = (

@@ -23,8 +23,8 @@ replica_error_percent is that of the replicas by themselves, on average. `messag
 counts how often the replicas exchange their params. The seconds are those of all
 replicas on one device.
 
-    python benchmarks/mnist_parle.py --data mnist.npz --select --out out/mnist_parle
-    python benchmarks/mnist_parle.py --data mnist.npz --out out/mnist_parle
+    python -m benchmarks.training.mnist_parle --data mnist.npz --select
+    python -m benchmarks.training.mnist_parle --data mnist.npz
 """
 
 import functools
@@ -35,7 +35,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from harness import (
+
+import optax_flat
+from benchmarks.harness import (
     Images,
     Row,
     Rows,
@@ -50,8 +52,6 @@ from harness import (
     table,
     write_table,
 )
-
-import optax_flat
 from optax_flat.training import make_train_step
 
 WALK = 25  # L
