@@ -6,13 +6,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+MODULES = {  # of all scripts
+    path.stem: ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "benchmarks").glob("*/*.py")
+    if path.stem != "__init__"
+}
 
 
 def start(script, out, *options):
-    """What became of it; its folder is found."""
-    (path,) = (ROOT / "benchmarks").glob(f"*/{script}.py")
-    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    command = [sys.executable, "-m", module, "--out", out, *options]
+    """What became of it."""
+    command = [sys.executable, "-m", MODULES[script], "--out", out, *options]
     return subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
