@@ -60,8 +60,8 @@ def test_full_disk_and_checkpoint(tmp_path):
         found, log = run.restore(OTHER, {})
         assert_is(found, STATE)
         assert log == {"epoch": 1}
+        run.save(2, OTHER, {"epoch": 2})  # waits for what is cleaned up meanwhile
         assert not left_over.exists()
-        run.save(2, OTHER, {"epoch": 2})
         assert run.restore(STATE, {})[1] == {"epoch": 2}
 
 
