@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from scripts import start
+from scripts import MODULES, ROOT, start
 
-from benchmarks import checkpoint, correlation, harness
+from benchmarks import checkpoint, correlation, harness, images
 from benchmarks.faults import kills
 from benchmarks.training import ptb_lstm
 
@@ -37,6 +37,13 @@ ROWS = {
     "label_noise": "random-40/{}",
     "compile_time": "{}/4",
 }
+
+
+@pytest.mark.parametrize("script", MODULES)
+def test_says_how_it_is_started(script):
+    module = MODULES[script]
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert f"\n    python -m {module}" in text.split('"""')[1]
 
 
 def read_rows(out):
@@ -169,16 +176,16 @@ def test_missing_data_is_a_clear_error(tmp_path):
 
 def test_load_images(tmp_path):
     path = tmp_path / "images.npz"
-    images = harness.random_images((2, 2), 3, 4)
-    np.savez(path, **images._asdict())
-    loaded = harness.load_images(path)
-    for found, expected in zip(loaded, images, strict=True):
+    made = images.random_images((2, 2), 3, 4)
+    np.savez(path, **made._asdict())
+    loaded = images.load_images(path)
+    for found, expected in zip(loaded, made, strict=True):
         np.testing.assert_array_equal(found, expected)
-    np.savez(path, x_train=images.train_images, test_labels=images.test_labels)
+    np.savez(path, x_train=made.train_images, test_labels=made.test_labels)
     with pytest.raises(SystemExit, match=r"x_train.*missing: train_images"):
-        harness.load_images(path)
+        images.load_images(path)
     with pytest.raises(SystemExit, match="nothing was given"):
-        harness.load_images(None)
+        images.load_images(None)
 
 
 def test_unknown_method_names_the_known_ones(capsys):

@@ -53,18 +53,8 @@ from tqdm.auto import tqdm
 
 import optax_flat
 from benchmarks.checkpoint import Checkpoint, checkpointed
-from benchmarks.harness import (
-    COLOURS,
-    Images,
-    Row,
-    Rows,
-    falling,
-    load_images,
-    parser,
-    random_images,
-    table,
-    write_table,
-)
+from benchmarks.harness import COLOURS, Row, Rows, falling, parser, table, write_table
+from benchmarks.images import Images, load_images, random_images
 from optax_flat import schedules
 from optax_flat.training import make_train_step
 

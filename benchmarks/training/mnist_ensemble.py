@@ -55,17 +55,8 @@ import numpy as np
 import optax
 
 import optax_flat
-from benchmarks.harness import (
-    COLOURS,
-    Images,
-    Row,
-    Rows,
-    load_images,
-    parser,
-    random_images,
-    table,
-    write_table,
-)
+from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
+from benchmarks.images import Images, load_images, random_images
 from optax_flat.training import make_train_step
 
 PIXELS, CLASSES = 784, 10

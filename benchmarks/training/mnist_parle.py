@@ -38,20 +38,17 @@ import optax
 
 import optax_flat
 from benchmarks.harness import (
-    Images,
     Row,
     Rows,
     curves,
     falling,
-    hold_out,
-    load_images,
     parser,
-    random_images,
     read_json,
     select,
     table,
     write_table,
 )
+from benchmarks.images import Images, hold_out, load_images, random_images
 from optax_flat.training import make_train_step
 
 WALK = 25  # L

@@ -197,18 +197,17 @@ def streams(words: np.ndarray, batch: int) -> jax.Array:
     return jnp.asarray(words[: length * batch].reshape(batch, length).T)
 
 
-def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
-    """Parameters, uniform in (-0.1, 0.1)."""
-    layer = {
+def layer_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Those of the params of `lstm`."""
+    return {
         "input": (width, 4 * width),
         "hidden": (width, 4 * width),
         "bias": (4 * width,),
     }
-    shapes = {
-        "embedding": (vocabulary, width),
-        "layers": [layer] * LAYERS,
-        "output": {"kernel": (width, vocabulary), "bias": (vocabulary,)},
-    }
+
+
+def uniform(key: jax.Array, shapes: Any) -> Any:
+    """Params of these shapes, uniform in (-0.1, 0.1)."""
     like = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         shapes,
@@ -216,6 +215,16 @@ def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
     )
     draw = functools.partial(jax.random.uniform, minval=-0.1, maxval=0.1)
     return optax.tree.random_like(key, like, draw)
+
+
+def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
+    """The params at the start."""
+    shapes = {
+        "embedding": (vocabulary, width),
+        "layers": [layer_shapes(width)] * LAYERS,
+        "output": {"kernel": (width, vocabulary), "bias": (vocabulary,)},
+    }
+    return uniform(key, shapes)
 
 
 def lstm(layer, state, x):
