@@ -280,8 +280,8 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
             return updates
-        threshold = jnp.quantile(flat, jnp.asarray(quantile, flat.dtype))
-        nothing = jnp.max(flat) <= threshold
+        threshold, largest = jnp.quantile(flat, jnp.asarray([quantile, 1], flat.dtype))
+        nothing = largest <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),
             updates, z,
