@@ -30,7 +30,7 @@ import optax
 
 from optax_flat._core import checks, ensembles, keys, layout, trees
 from optax_flat._core.arguments import factory
-from optax_flat._core.hyperparams import at
+from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import draw
 
 # What draws are for: folded into the key of an update; the first into the method's own,
@@ -299,7 +299,7 @@ def _transformation(
     sharding,
     key,
 ):
-    extrapolates = not (isinstance(momentum, int | float) and momentum == 0)
+    extrapolates = not is_zero(momentum)
     shards: Any = jax.P(members.axis)
     everywhere: Any = jax.P()
     specs: Any = EnsembleKalmanState(
@@ -572,7 +572,7 @@ def _centred(members, z, healthy):
 def _output_noise(members, key, outputs, scale):
     """Normal noise like the outputs, in the accumulators' dtype."""
     like = trees.accumulator(outputs)
-    if isinstance(scale, int | float) and scale == 0:
+    if is_zero(scale):
         return optax.tree.zeros_like(like)
     noise_key = jax.random.fold_in(key, _NOISE)
 
