@@ -65,7 +65,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
-napoleon_custom_sections = ["Differs from the paper"]
+napoleon_custom_sections = ["Cost", "Differs from the paper"]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 

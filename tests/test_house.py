@@ -122,7 +122,7 @@ def test_naming_rules():
         for parameter in parameters:
             assert f"\n  {parameter.name}: " in text, (name, parameter.name)
         if hasattr(value, "static_args"):
-            for section in ("Raises:", "References:", "Differs from the paper:"):
+            for section in ("Cost:", "Raises:", "References:", "Differs from"):
                 assert section in text, f"{name}: {section}"
 
 
