@@ -117,7 +117,7 @@ def test_naming_rules():
         assert all(p.kind is p.KEYWORD_ONLY for p in optional), name
         assert all(p.annotation is not p.empty for p in parameters), name
         text = inspect.getdoc(value)
-        for section in ("Args:", "Returns:", "Example:"):
+        for section in ("Args:", "Returns:", "Example:", ">>> "):
             assert section in text, f"{name}: {section}"
         for parameter in parameters:
             assert f"\n  {parameter.name}: " in text, (name, parameter.name)
