@@ -79,8 +79,8 @@ myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
 
-# Other projects move their pages, so each is asked where they are. That takes a network:
-# without one there is an empty inventory, and their names are code without links.
+# Other projects move their pages, so each is asked where they are. Without a network an
+# empty inventory stands in, and their names are code without links.
 NOTHING = "_build/empty.inv"
 (HERE / NOTHING).write_bytes(
     b"# Sphinx inventory version 2\n# Project: none\n# Version: 0\n"
