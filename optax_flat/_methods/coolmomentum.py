@@ -72,6 +72,9 @@ def coolmomentum(
     (Under `optax.partition` there may be several such states, for which there is
     `optax.tree.get_all_with_path`; that of a population is read under `jax.vmap`.)
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, the square of the time step, >= 0.
       momentum: :math:`\rho`, in [0, 1], usually a cooling such as

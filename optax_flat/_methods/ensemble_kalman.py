@@ -179,6 +179,10 @@ def ensemble_kalman(
     state's `replaced`. With fewer than two left, or if the weights of the combinations
     overflow, the update does nothing, which is counted in `skipped`.
 
+    Cost:
+      `ensemble_size` forward passes per update; state: `ensemble_size` copies of the
+      params.
+
     Args:
       step_size: :math:`\eta`, >= 0. A member moves by at most :math:`\eta (\sum_k
         \|e_k\|^2)^{1/2}` in an update.

@@ -66,6 +66,9 @@ def entropy_mcmc(
     samples of x. Keep the params in float32, as for `sgld`. A batch norm has to see the
     anchor's activations before the anchor is evaluated.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N

@@ -83,6 +83,9 @@ def add_langevin_noise(
     one; with momentum or a preconditioner in front there is none: use `sghmc` or
     `psgld`, whose noise goes through them as it should.
 
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
+
     Args:
       step_size: :math:`\eta`, the learning rate in front, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
@@ -160,6 +163,9 @@ def sgld(
     samples and averages predictions; `optax_flat.schedules.cyclical_cosine` makes the
     sampler cyclical.
 
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
@@ -235,6 +241,9 @@ def psgld(
 
     A parameter whose gradient is always zero (a dead unit) has G = 1 / eps and diffuses
     fast; a larger `eps` bounds it.
+
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
 
     Args:
       learning_rate: :math:`\eta`, >= 0.
@@ -332,6 +341,9 @@ def sghmc(
 
     The chain moves as fast as that of `sgld` with the learning rate :math:`\eta / c`,
     and the velocity follows a change of :math:`\eta` or T within about 1 / c updates.
+
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
 
     Args:
       learning_rate: :math:`\eta`, >= 0.
