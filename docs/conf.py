@@ -3,8 +3,11 @@
 import os
 import re
 import sys
+import zlib
 from importlib import metadata
 from pathlib import Path
+
+from docutils import nodes
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -23,6 +26,7 @@ release = version = metadata.version("optax_flat")
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
     "sphinx.ext.mathjax",
     "sphinx-mathjax-offline",  # the formulas need no network
     "sphinx.ext.napoleon",
@@ -59,13 +63,14 @@ html_context = {
     "versions": [v.split("=", 1) for v in os.environ.get("DOCS_VERSIONS", "").split()]
 }
 
-# Docstrings are in Google style; `x` is code in them, as it is in Markdown.
-default_role = "code"
+# Docstrings are in Google style; `x` links to what has that name, ours or another
+# project's, and is code if nothing has, as it is in Markdown.
+default_role = "py:obj"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_numpy_docstring = False
 napoleon_attr_annotations = False
-napoleon_custom_sections = ["Differs from the paper"]
+napoleon_custom_sections = ["Cost", "Differs from the paper"]
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 
@@ -73,6 +78,20 @@ napoleon_use_rtype = False
 myst_enable_extensions = ["dollarmath"]
 myst_fence_as_directive = ["math"]
 myst_heading_anchors = 3
+
+# Other projects move their pages, so each is asked where they are. Without a network an
+# empty inventory stands in, and their names are code without links.
+NOTHING = "_build/empty.inv"
+(HERE / NOTHING).write_bytes(
+    b"# Sphinx inventory version 2\n# Project: none\n# Version: 0\n"
+    b"# The remainder of this file is compressed using zlib.\n" + zlib.compress(b"")
+)
+intersphinx_mapping = {
+    "flax": ("https://flax.readthedocs.io/en/latest/", (None, NOTHING)),
+    "jax": ("https://docs.jax.dev/en/latest/", (None, NOTHING)),
+    "optax": ("https://optax.readthedocs.io/en/latest/", (None, NOTHING)),
+}
+intersphinx_timeout = 5  # seconds
 
 # Tutorials run when the site is built, and again only where they have changed.
 nb_execution_mode = "cache"
@@ -127,7 +146,16 @@ def colab(app, docname, content):
         )
 
 
+def code(app, env, node, shown):
+    """Shows a name that links to nothing as plain code."""
+    if node["reftype"] == "obj":
+        return nodes.literal(text=shown.astext())
+    return None
+
+
 def setup(app):
+    # Behind intersphinx.
+    app.connect("missing-reference", code, priority=900)
     app.connect("include-read", relink)
     app.connect("source-read", numbers)
     app.connect("source-read", colab)

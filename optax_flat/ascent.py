@@ -280,8 +280,8 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
             return updates
-        threshold = jnp.quantile(flat, jnp.asarray(quantile, flat.dtype))
-        nothing = jnp.max(flat) <= threshold
+        threshold, largest = jnp.quantile(flat, jnp.asarray([quantile, 1], flat.dtype))
+        nothing = largest <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),
             updates, z,
@@ -344,7 +344,26 @@ def random_leaves(
 
 
 def selection(mask: Any, params: optax.Params) -> Any:
-    """A bool for every leaf of the params, from a prefix tree or a function."""
+    """A bool for every leaf of the params, from a prefix tree or a function.
+
+    Args:
+      mask: a tree of bools, or a prefix of one; or a function that makes it from the
+        params.
+      params: a tree.
+
+    Returns:
+      A tree of bools like `params`.
+
+    Raises:
+      TypeError: a leaf of the mask that is no bool.
+      ValueError: a mask that is no prefix of the params.
+
+    Example:
+      >>> from optax_flat.ascent import selection
+      >>> params = {"dense": {"bias": 0.0, "kernel": 1.0}, "norm": 2.0}
+      >>> selection({"dense": False, "norm": True}, params)
+      {'dense': {'bias': False, 'kernel': False}, 'norm': True}
+    """
 
     def spread(flag, part):
         if not isinstance(flag, bool | np.bool):

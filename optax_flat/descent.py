@@ -394,6 +394,9 @@ def _orthogonal(tree, to):
     """The part of a tree that is orthogonal to another; all of it if that is zero."""
     square = trees.vdot(to, to)
     sane = (square > 0) & jnp.isfinite(square)
-    weight = jnp.where(sane, trees.vdot(tree, to) / jnp.where(sane, square, 1.0), 0.0)
+    # The division comes last: XLA puts cheaper ends of a sum over all leaves into every
+    # leaf's loop.
+    shared = jnp.where(sane, trees.vdot(tree, to), 0.0)
+    weight = shared / jnp.where(sane, square, 1.0)
     weight = jnp.where(jnp.isfinite(weight), weight, 0.0)
     return _plus(tree, -weight, to)

@@ -5,15 +5,21 @@ It needs docs/_build/html (`make docs`) and Chromium (Debian's package `chromium
 
 import functools
 import http.server
+import re
 import shutil
 import threading
+from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-SITE = Path(__file__).parents[1] / "docs" / "_build" / "html"
+import optax_flat
+
+ROOT = Path(__file__).parents[1]
+SITE = ROOT / "docs" / "_build" / "html"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
 # Sources that viewcode copies are left to it, but their links are followed.
 PAGES = sorted(
@@ -143,3 +149,48 @@ def test_links_lead_somewhere():
             ):
                 broken.append(f"{path.relative_to(SITE)}: {link}")
     assert broken == []
+
+
+def public_names():
+    """Functions and classes, under the names that users import."""
+    parts = {
+        name: part
+        for name, part in vars(optax_flat).items()
+        if isinstance(part, ModuleType) and not name.startswith("_")
+    }
+    for part in (optax_flat, *parts.values()):
+        # What a package gathers is its own; what a module imports is not.
+        home = "optax_flat" if hasattr(part, "__path__") else part.__name__
+        for name, value in vars(part).items():
+            ours = callable(value) and value.__module__.startswith(home)
+            if ours and not name.startswith("_"):
+                yield f"{part.__name__}.{name}"
+
+
+def test_every_public_name_is_on_one_page():
+    pages = Counter()
+    for path in (SITE / "api").glob("*.html"):
+        pages.update(anchors(path).anchors)
+    names = list(public_names())
+    assert "optax_flat.sam" in names
+    assert {name: pages[name] for name in names if pages[name] != 1} == {}
+
+
+def test_notebooks_open_elsewhere():
+    """Those on the site, and those that `make notebooks` has executed, if it has."""
+    nbformat = pytest.importorskip("nbformat")
+    site = sorted((SITE / "notebooks").glob("*.ipynb"))
+    assert site
+    for path in (*site, *(ROOT / "dist" / "notebooks").glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=nbformat.NO_CONVERT)
+        nbformat.validate(notebook)
+        assert notebook.nbformat == 4, path
+        assert notebook.metadata.accelerator == "GPU", path
+        assert notebook.metadata.colab, path
+        for cell in notebook.cells:
+            errors = [o for o in cell.get("outputs", ()) if o.output_type == "error"]
+            assert not errors, path
+            links = re.findall(r"\]\(([^)]*)\)", cell.source)
+            if cell.cell_type == "markdown":
+                assert all(link.startswith("https://") for link in links), (path, links)
+            assert str(ROOT) not in str(cell), path

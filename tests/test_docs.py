@@ -4,11 +4,14 @@ The blocks of a page run in order, in one namespace. A block after the line
 `<!-- not run -->` is left out.
 """
 
+import functools
 import json
 import os
 import pathlib
 import re
 
+import flax.nnx
+import jax
 import matplotlib.pyplot as plt
 import optax
 import pytest
@@ -49,6 +52,32 @@ def test_page_runs(page, tmp_path, monkeypatch):
     for line, code in blocks(PAGES[page].read_text()):
         # Empty lines in front make tracebacks show the line of the page.
         exec(compile("\n" * line + code, str(PAGES[page]), "exec"), namespace)
+
+
+NAME = re.compile(r"(?<!`)`((?:flax|jax|nnx|optax|optax_flat)(?:\.\w+)+)\b")
+
+
+def test_names_exist():
+    """What the pages and docstrings call by its full name, ours and others'."""
+    modules = {"flax": flax, "jax": jax, "nnx": flax.nnx, "optax": optax}
+    modules["optax_flat"] = optax_flat
+    root, missing, seen = DOCS.parent, [], 0
+    for path in (
+        *root.glob("*.md"),
+        *DOCS.rglob("*.md"),
+        *root.rglob("optax_flat/*.py"),
+    ):
+        if "_build" in path.parts or path.name == "CHANGELOG.md":
+            continue
+        for name in NAME.findall(path.read_text()):
+            first, *rest = name.split(".")
+            seen += 1
+            try:
+                functools.reduce(getattr, rest, modules[first])
+            except AttributeError:
+                missing.append(f"{path.name}: {name}")
+    assert seen > 100
+    assert missing == []
 
 
 @pytest.fixture(scope="module")

@@ -117,12 +117,12 @@ def test_naming_rules():
         assert all(p.kind is p.KEYWORD_ONLY for p in optional), name
         assert all(p.annotation is not p.empty for p in parameters), name
         text = inspect.getdoc(value)
-        for section in ("Args:", "Returns:", "Example:"):
+        for section in ("Args:", "Returns:", "Example:", ">>> "):
             assert section in text, f"{name}: {section}"
         for parameter in parameters:
             assert f"\n  {parameter.name}: " in text, (name, parameter.name)
         if hasattr(value, "static_args"):
-            for section in ("Raises:", "References:", "Differs from the paper:"):
+            for section in ("Cost:", "Raises:", "References:", "Differs from"):
                 assert section in text, f"{name}: {section}"
 
 

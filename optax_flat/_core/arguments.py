@@ -129,6 +129,19 @@ class KeyArgument(TypedDict):
     ]
 
 
+class NoiseArguments(KeyArgument):
+    """What every method takes that adds noise to its updates."""
+
+    noise_kind: Annotated[
+        str,
+        Argument(
+            "normal",
+            '"normal", or "rademacher": independent signs, much cheaper and of the '
+            "same weak order.",
+        ),
+    ]
+
+
 def factory(
     build: Callable[P, optax.GradientTransformationExtraArgs],
 ) -> Factory[P]:

@@ -13,6 +13,11 @@ def at(value: optax.ScalarOrSchedule, count: jax.typing.ArrayLike) -> Any:
     return value(count) if callable(value) else value
 
 
+def is_zero(value: Any) -> bool:
+    """Whether it is known to be 0 when the program is built, which can leave it out."""
+    return isinstance(value, int | float) and value == 0
+
+
 class ScheduledState(NamedTuple):
     """State of `scheduled`: the number of updates and the optimizer's own state."""
 

@@ -27,6 +27,9 @@ def masked(
     updates, this one returns zeros for them: they stay where they are. To train them
     with another optimizer, use `optax.partition` and transparent mode.
 
+    Cost:
+      `inner`'s gradients per update; state: 0 copies of the params beside `inner`'s.
+
     Args:
       inner: the transformation for the selected leaves.
       mask: a tree of bools, or a prefix of one, True for the leaves to train; or a

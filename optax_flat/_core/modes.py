@@ -187,7 +187,28 @@ def scanned(
         `grad_fn`, gradients of another structure, batches of another length.
 
     Example:
-      See `optax_flat.Walk`.
+      A walk of three gradients of which the update is the mean; every gradient is
+      clipped on its own:
+
+      >>> import jax.numpy as jnp, optax
+      >>> from typing import NamedTuple
+      >>> from optax_flat import Walk, scanned
+      >>> class Inner(NamedTuple):
+      ...     point: optax.Params
+      ...     total: optax.Updates
+      >>> walk = Walk(
+      ...     length=3,
+      ...     init=lambda params: (),
+      ...     start=lambda memory, params: Inner(params, 0.0 * params),
+      ...     step=lambda memory, inner, grads: Inner(inner.point, inner.total + grads),
+      ...     finish=lambda memory, inner, params: (-inner.total / 3, memory))
+      >>> tx = scanned(walk, inner_transform=optax.clip(1.0))
+      >>> x = jnp.array(0.0)
+      >>> updates, _ = tx.update(
+      ...     jnp.array(9.0), tx.init(x), x,
+      ...     grad_fn=lambda x, batch: batch, batches=jnp.array([0.5, -3.0]))
+      >>> round(float(updates), 4)  # of 1, 0.5 and -1
+      -0.1667
     """
     walker = _walker(walk, inner_transform, skip_nonfinite)
     unroll = checks.unrolling(unroll)

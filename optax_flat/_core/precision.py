@@ -79,6 +79,10 @@ def master_weights(
     next one starts from the master, not from the params. An average goes inside, where
     it averages the master.
 
+    Cost:
+      `inner`'s gradients per update; state: 2 copies of bfloat16 params beside
+      `inner`'s.
+
     Args:
       inner: any Optax transformation, a chain, or a method of this library.
       dtype: of the master, a floating-point dtype; params with fewer bits get one.
@@ -166,6 +170,10 @@ def stochastic_rounding(
     Give it the *whole* optimizer. Not one whose params must stand on exact points: in
     transparent mode, and in `momentum_sam`, `multipoint_nesterov`, `sampa`, `parle` and
     `elastic_averaging`, the anchor is a distance from there.
+
+    Cost:
+      `inner`'s gradients per update; state: 0 copies of bfloat16 params beside
+      `inner`'s.
 
     Args:
       inner: an Optax transformation, a chain, or a method of this library.

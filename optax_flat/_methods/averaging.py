@@ -98,6 +98,9 @@ def swa(
     so it outlives a run that is lost. Batch statistics are not averaged, see
     `optax_flat.training.update_batch_stats`.
 
+    Cost:
+      `inner`'s gradients per update; state: 1 copy of the params beside `inner`'s.
+
     Args:
       inner: the optimizer whose points are averaged; None for the last place of a
         chain.
@@ -167,6 +170,9 @@ def ema_weights(
 
     It trains as `inner` does, to the bit. What `eval_params` gives, which points are
     taken, without `inner` too, averages of averages, and NaN are as with `swa`.
+
+    Cost:
+      `inner`'s gradients per update; state: 1 copy of the params beside `inner`'s.
 
     Args:
       inner: the optimizer whose points are averaged; None for the last place of a
@@ -244,6 +250,9 @@ def lawa(
 
     It trains as `inner` does, to the bit. What `eval_params` gives, which points are
     taken, without `inner` too, averages of averages, and NaN are as with `swa`.
+
+    Cost:
+      `inner`'s gradients per update; state: `k` copies of the params beside `inner`'s.
 
     Args:
       inner: the optimizer whose points are averaged; None for the last place of a

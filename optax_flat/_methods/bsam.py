@@ -105,6 +105,10 @@ def bsam(
     method: w is kept as a distance from where they lead. `init` cannot move the params,
     so the very first gradient is taken without noise.
 
+    Cost:
+      `2 * num_shards` gradients per update; state: 3 copies of the params (transparent:
+      8).
+
     Args:
       learning_rate: :math:`\eta`, >= 0; the authors use 0.5 on CIFAR-10.
       num_data: N, the number of training examples, > 0.

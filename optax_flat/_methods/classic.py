@@ -72,6 +72,9 @@ def adagrad(
     eps = 0 it is gradient descent; the larger p, the sooner steps shrink. A coordinate
     without any gradient yet does not move.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       eps: >= 0.
@@ -161,6 +164,9 @@ def adadelta(
     the size :math:`\varepsilon^{1/2}`, and a coordinate with rare gradients takes long
     to be trusted; a large X moves it strongly and early, as Adagrad does.
 
+    Cost:
+      1 gradient per update; state: 2 copies of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       decay: :math:`\rho`, in [0, 1).
@@ -243,6 +249,9 @@ def clip_by_leaf_norm(
 
     with c = `max_norm`, for every leaf alone. `optax.clip_by_global_norm` takes the
     norm over the whole tree, `optax.clip_by_block_rms` the root mean square of a leaf.
+
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
 
     Args:
       max_norm: c, >= 0.

@@ -20,7 +20,7 @@ import optax
 
 from optax_flat._core import checks, layout, trees
 from optax_flat._core.arguments import factory
-from optax_flat._core.hyperparams import at
+from optax_flat._core.hyperparams import at, is_zero
 
 
 class CoolMomentumState(NamedTuple):
@@ -71,6 +71,9 @@ def coolmomentum(
     ``optax.tree.get(opt_state, "CoolMomentumState").temperature``, also under `jit`.
     (Under `optax.partition` there may be several such states, for which there is
     `optax.tree.get_all_with_path`; that of a population is read under `jax.vmap`.)
+
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
 
     Args:
       learning_rate: :math:`\eta`, the square of the time step, >= 0.
@@ -137,7 +140,7 @@ def coolmomentum(
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("momentum", momentum, 0.0, 1.0)
     checks.number("weight_decay", weight_decay, 0.0)
-    decays = not (isinstance(weight_decay, int | float) and weight_decay == 0)
+    decays = not is_zero(weight_decay)
 
     def init(params):
         checks.float_params(params)

@@ -15,15 +15,15 @@ with noise sqrt(2 learning_rate T) z, fresh for each of the two.
 Paper: Li and Zhang, arXiv 2310.05401 (ICLR 2024). Code: lblaoke/EMCMC.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, keys, layout, trees
-from optax_flat._core.arguments import factory
-from optax_flat._core.hyperparams import at
+from optax_flat._core.arguments import NoiseArguments, factory
+from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 
 
@@ -44,8 +44,7 @@ def entropy_mcmc(
     *,
     gamma: optax.ScalarOrSchedule = 0.05,
     weight_decay: optax.ScalarOrSchedule = 0.0,
-    noise_kind: str = "normal",
-    key: jax.typing.ArrayLike,
+    **draws: Unpack[NoiseArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Langevin dynamics guided to wide valleys by an anchor.
 
@@ -67,6 +66,9 @@ def entropy_mcmc(
     samples of x. Keep the params in float32, as for `sgld`. A batch norm has to see the
     anchor's activations before the anchor is evaluated.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
@@ -74,9 +76,6 @@ def entropy_mcmc(
       gamma: :math:`\gamma`, >= 0, the stiffness of the spring; 1 / (eta N) with the
         paper's variance eta. 0 cuts it: then x follows `sgld`.
       weight_decay: :math:`\lambda`, >= 0, the prior of both.
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -117,10 +116,9 @@ def entropy_mcmc(
     checks.number("temperature", temperature, 0.0)
     checks.number("gamma", gamma, 0.0)
     checks.number("weight_decay", weight_decay, 0.0)
-    checks.choice("noise_kind", noise_kind, KINDS)
-    key = checks.key(key)
-    # Known when the program is built, so the draws are left out of it.
-    noiseless = isinstance(temperature, int | float) and temperature == 0
+    noise_kind = checks.choice("noise_kind", draws["noise_kind"], KINDS)
+    key = checks.key(draws["key"])
+    noiseless = is_zero(temperature)
 
     def init(params):
         checks.float_params(params)

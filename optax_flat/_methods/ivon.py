@@ -134,6 +134,10 @@ def ivon(
     of N f and the prior :math:`N(0, 1 / (N \delta))`. Keep the params in float32: in
     bfloat16 the deviations must be wide against the spacing of the numbers.
 
+    Cost:
+      `num_samples` gradients per update; state: 3 copies of the params (transparent:
+      7).
+
     Args:
       learning_rate: :math:`\eta`, >= 0; with `rescale_lr` about that of SGD.
       ess: N, the effective sample size, > 0: the number of training examples; less

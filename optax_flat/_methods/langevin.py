@@ -21,15 +21,15 @@ Papers: Welling and Teh, ICML 2011 (SGLD); Li et al., arXiv 1512.07666 (pSGLD); 
 al., arXiv 1402.4102 (SGHMC).
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, keys, layout, trees
-from optax_flat._core.arguments import factory
-from optax_flat._core.hyperparams import at
+from optax_flat._core.arguments import NoiseArguments, factory
+from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import KINDS, draw
 
 
@@ -66,9 +66,7 @@ class SGHMCState(NamedTuple):
 def add_langevin_noise(
     step_size: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,
-    *,
-    noise_kind: str = "normal",
-    key: jax.typing.ArrayLike,
+    **noise: Unpack[NoiseArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Adds the noise of Langevin dynamics to finished updates.
 
@@ -85,13 +83,13 @@ def add_langevin_noise(
     one; with momentum or a preconditioner in front there is none: use `sghmc` or
     `psgld`, whose noise goes through them as it should.
 
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
+
     Args:
       step_size: :math:`\eta`, the learning rate in front, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
         examples. 0 adds nothing.
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -123,8 +121,7 @@ def add_langevin_noise(
       2 / N of ours.
     """
     checks.number("step_size", step_size, 0.0)
-    _check(temperature, noise_kind)
-    key = checks.key(key)
+    key, kind = _check(temperature, **noise)
 
     def init(params):
         checks.float_params(params)
@@ -136,7 +133,7 @@ def add_langevin_noise(
         layout.check(init, state, updates)
         variance = 2.0 * at(step_size, state.count)
         drift = trees.accumulator(updates)
-        noisy = _add_noise(drift, key, state, temperature, variance, kind=noise_kind)
+        noisy = _add_noise(drift, key, state, temperature, variance, kind=kind)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(noisy, updates), LangevinNoiseState(count, state.key)
 
@@ -147,9 +144,7 @@ def add_langevin_noise(
 def sgld(
     learning_rate: optax.ScalarOrSchedule,
     temperature: optax.ScalarOrSchedule,
-    *,
-    noise_kind: str = "normal",
-    key: jax.typing.ArrayLike,
+    **noise: Unpack[NoiseArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stochastic gradient Langevin dynamics.
 
@@ -168,13 +163,13 @@ def sgld(
     samples and averages predictions; `optax_flat.schedules.cyclical_cosine` makes the
     sampler cyclical.
 
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
         examples. 0 is plain SGD.
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -209,19 +204,17 @@ def sgld(
       ours.
     """
     checks.number("learning_rate", learning_rate, 0.0)
-    noise = add_langevin_noise(
-        learning_rate, temperature, noise_kind=noise_kind, key=key
-    )
+    add_noise = add_langevin_noise(learning_rate, temperature, **noise)
 
     def update(updates, state, params=None, **extra_args):
         del params, extra_args
-        layout.check(noise.init, state, updates)
+        layout.check(add_noise.init, state, updates)
         rate = at(learning_rate, state.count)
         drift = jax.tree.map(lambda g: -rate * g, trees.accumulator(updates))
-        steps, state = noise.update(drift, state)
+        steps, state = add_noise.update(drift, state)
         return trees.cast_like(steps, updates), state
 
-    return optax.GradientTransformationExtraArgs(noise.init, update)
+    return optax.GradientTransformationExtraArgs(add_noise.init, update)
 
 
 @factory
@@ -231,8 +224,7 @@ def psgld(
     *,
     decay: optax.ScalarOrSchedule = 0.99,
     eps: optax.ScalarOrSchedule = 1e-5,
-    noise_kind: str = "normal",
-    key: jax.typing.ArrayLike,
+    **noise: Unpack[NoiseArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Langevin dynamics preconditioned as in RMSProp.
 
@@ -250,15 +242,15 @@ def psgld(
     A parameter whose gradient is always zero (a dead unit) has G = 1 / eps and diffuses
     fast; a larger `eps` bounds it.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
         examples. 0 is RMSProp.
       decay: weight of the old mean of squares, in [0, 1).
       eps: :math:`\varepsilon`, > 0.
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -300,8 +292,7 @@ def psgld(
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("decay", decay, 0.0, 1.0, open_high=True)
     checks.number("eps", eps, 0.0, open_low=True)
-    _check(temperature, noise_kind)
-    key = checks.key(key)
+    key, kind = _check(temperature, **noise)
 
     def init(params):
         checks.float_params(params)
@@ -321,7 +312,7 @@ def psgld(
         # In the coordinates x / sqrt(G) all directions have the same noise.
         roots = jax.tree.map(lambda v: jax.lax.rsqrt(jnp.sqrt(v) + floor), nu)
         steps = jax.tree.map(lambda r, g: -rate * r * g, roots, grads)
-        steps = _add_noise(steps, key, state, temperature, 2.0 * rate, kind=noise_kind)
+        steps = _add_noise(steps, key, state, temperature, 2.0 * rate, kind=kind)
         steps = jax.tree.map(lambda r, s: r * s, roots, steps)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(steps, updates), PSGLDState(count, state.key, nu)
@@ -335,8 +326,7 @@ def sghmc(
     temperature: optax.ScalarOrSchedule,
     *,
     friction: optax.ScalarOrSchedule = 0.1,
-    noise_kind: str = "normal",
-    key: jax.typing.ArrayLike,
+    **noise: Unpack[NoiseArguments],
 ) -> optax.GradientTransformationExtraArgs:
     r"""Stochastic gradient Hamiltonian Monte Carlo: Langevin dynamics with momentum.
 
@@ -352,14 +342,14 @@ def sghmc(
     The chain moves as fast as that of `sgld` with the learning rate :math:`\eta / c`,
     and the velocity follows a change of :math:`\eta` or T within about 1 / c updates.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params.
+
     Args:
       learning_rate: :math:`\eta`, >= 0.
       temperature: T, >= 0; 1 / N samples the posterior if the loss is a mean over N
         examples. 0 is SGD with momentum 1 - c.
       friction: c, in [0, 1]. 1 is SGLD.
-      noise_kind: "normal", or "rademacher": independent signs, much cheaper and of the
-        same weak order.
-      key: a typed or raw PRNG key, or an int.
 
     Returns:
       An `optax.GradientTransformationExtraArgs`.
@@ -394,8 +384,7 @@ def sghmc(
     """
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("friction", friction, 0.0, 1.0)
-    _check(temperature, noise_kind)
-    key = checks.key(key)
+    key, kind = _check(temperature, **noise)
 
     def init(params):
         checks.float_params(params)
@@ -410,7 +399,7 @@ def sghmc(
         rate, c = at(learning_rate, state.count), at(friction, state.count)
         grads = trees.cast_like(updates, state.mu)
         mu = jax.tree.map(lambda v, g: (1.0 - c) * v - rate * g, state.mu, grads)
-        mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=noise_kind)
+        mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=kind)
         mu = trees.cast_like(mu, state.mu)
         count = jnp.asarray(optax.safe_increment(state.count))
         return trees.cast_like(mu, updates), SGHMCState(count, state.key, mu)
@@ -418,15 +407,16 @@ def sghmc(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _check(temperature, noise_kind):
+def _check(temperature, *, key, noise_kind):
+    """The key and the kind of noise, checked."""
     checks.number("temperature", temperature, 0.0)
-    checks.choice("noise_kind", noise_kind, KINDS)
+    kind = checks.choice("noise_kind", noise_kind, KINDS)
+    return checks.key(key), kind
 
 
 def _add_noise(tree, key, state, temperature, variance, *, kind):
     """`tree` + sqrt(T variance) z."""
-    # Known when the program is built, so the draws are left out of it.
-    if isinstance(temperature, int | float) and temperature == 0:
+    if is_zero(temperature):
         return tree
     z = draw(keys.fold_in(state.key, state.count, key), tree, kind)
     scale = jnp.sqrt(at(temperature, state.count) * variance)

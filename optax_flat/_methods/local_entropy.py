@@ -34,11 +34,11 @@ from optax_flat import schedules
 from optax_flat._core import checks, keys, modes, trees
 from optax_flat._core.arguments import (
     Argument,
-    KeyArgument,
     LoopArguments,
+    NoiseArguments,
     factory,
 )
-from optax_flat._core.hyperparams import at, scheduled
+from optax_flat._core.hyperparams import at, is_zero, scheduled
 from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 from optax_flat._core.walk import Walk
 
@@ -71,14 +71,6 @@ class WalkArguments(TypedDict, total=False):
         optax.ScalarOrSchedule,
         Argument(0.75, "weight of the *new* iterate in the running mean, in (0, 1]."),
     ]
-    noise_kind: Annotated[
-        str,
-        Argument(
-            "normal",
-            '"normal", or "rademacher": independent signs, much cheaper and of the '
-            "same weak order.",
-        ),
-    ]
     diagnostics: Annotated[
         bool,
         Argument(
@@ -89,7 +81,7 @@ class WalkArguments(TypedDict, total=False):
     ]
 
 
-class LocalEntropyArguments(WalkArguments, LoopArguments, KeyArgument):
+class LocalEntropyArguments(WalkArguments, LoopArguments, NoiseArguments):
     """All that `local_entropy` takes beside its outer optimizer."""
 
 
@@ -166,8 +158,7 @@ def _walk(
     diagnostics: bool,
     key: jax.Array,
 ) -> Walk:
-    # Known when the program is built, so the draws are left out of it.
-    noiseless = isinstance(hyperparams.noise, int | float) and hyperparams.noise == 0
+    noiseless = is_zero(hyperparams.noise)
 
     def init(params):
         empty = Diagnostics(*jnp.zeros([5])) if diagnostics else None
@@ -263,6 +254,10 @@ def local_entropy(
     per call (see `optax_flat.transparent`). An outer update spends L gradient
     evaluations, which the state counts in `gradient_evaluations`.
 
+    Cost:
+      `num_steps` gradients per update; state: 0 copies of the params (transparent: 4)
+      beside `outer`'s.
+
     Args:
       outer: an Optax optimizer that takes d, e.g. ``optax.sgd(1.0)``. It sees the
         anchor x as params, and all its state is in the accumulator dtype.
@@ -338,6 +333,9 @@ def entropy_sgd(
     `local_entropy`, which spends `num_steps` gradients per update. Since x - mu is a
     displacement, a learning rate of 1 moves x onto the mean; the authors use 1, then
     0.1.
+
+    Cost:
+      `num_steps` gradients per update; state: 0 copies of the params (transparent: 4).
 
     Args:
       learning_rate: step of the outer update, >= 0.
@@ -456,6 +454,9 @@ def entropy_adam(
     With ``noise=0`` it stays; so it nearly does with an `eps` far above
     ``sqrt(step_size * num_steps) * noise``, which damps small gradients as well.
 
+    Cost:
+      `num_steps` gradients per update; state: 2 copies of the params (transparent: 6).
+
     Args:
       learning_rate: step of the outer update, >= 0.
       b1: decay of the first moment, in [0, 1).
@@ -520,9 +521,8 @@ def momentum_sgd(
     """The outer optimizer of Entropy-SGD and of Parle."""
     checks.number("learning_rate", learning_rate, 0.0)
     checks.number("momentum", momentum, 0.0, 1.0)
-    no_momentum = isinstance(momentum, int | float) and momentum == 0
     return scheduled(
         functools.partial(optax.sgd, nesterov=checks.flag("nesterov", nesterov)),
         learning_rate=learning_rate,
-        momentum=None if no_momentum else momentum,
+        momentum=None if is_zero(momentum) else momentum,
     )

@@ -72,6 +72,10 @@ def lookbehind_sam(
     with k = `num_steps`, on one minibatch: 1 + k gradients per update.
     `make_train_step` takes one minibatch; see `sam` for how to pass it by hand.
 
+    Cost:
+      `1 + num_steps` gradients per update; state: 0 copies of the params (transparent:
+      4) beside `outer`'s.
+
     Args:
       outer: an Optax optimizer of the fast weights, whose state goes on from update to
         update. It makes `num_steps` updates for each of ours.

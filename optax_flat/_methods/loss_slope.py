@@ -71,6 +71,9 @@ def scale_by_loss_slope(
     out. With several devices all must be given the same loss; `optax.MultiSteps` hands
     on the loss of the last micro-batch only.
 
+    Cost:
+      1 gradient per update; state: 0 copies of the params.
+
     Args:
       patience: losses in the window, >= 3. Pure noise lowers the rate soon after the
         window has filled, so it should span the slowest progress worth waiting for.

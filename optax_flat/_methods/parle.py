@@ -107,6 +107,9 @@ def elastic_averaging(
     to each other once per walk: `parle` is
     ``local_entropy(elastic_averaging(optax.sgd(...), ...), ...)``.
 
+    Cost:
+      1 gradient per update; state: 1 copy of the params beside `outer`'s.
+
     Args:
       outer: an Optax optimizer of one gradient per update. All its state is in the
         accumulator dtype.
@@ -232,6 +235,9 @@ def parle(
     ``jax.vmap(eval_params)`` gives the mean of the replicas, once for each of them;
     batch statistics must be re-estimated there. With `skip_nonfinite` all replicas skip
     the update in which one of them became non-finite.
+
+    Cost:
+      `num_steps` gradients per update; state: 2 copies of the params (transparent: 6).
 
     Args:
       learning_rate: step of the outer update, >= 0.

@@ -100,6 +100,10 @@ def sam(
 
     and in transparent mode call `update` twice with it.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 3) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer. Its weight decay acts at w; an L2 penalty that is to
         enter the perturbation too belongs into the loss or into `inner_transform`.

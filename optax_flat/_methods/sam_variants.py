@@ -31,6 +31,10 @@ def asam(
     SAM with ``ascent.adaptive_unit(eta)``, which does not depend on how a ReLU network
     spreads its scale over layers. Two gradients per update.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 3) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0, relative to the weights; the paper has 0.5 for CIFAR-10, 1
@@ -96,6 +100,10 @@ def gsam(
     SAM with `descent.surrogate_gap`. Two gradients per update. In the paper the radius
     follows the learning rate: ``rho=optax_flat.schedules.proportional_radius(...)``.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 4) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0.
@@ -159,6 +167,10 @@ def looksam(
     two: `TransparentState.step` is 0 when the next call begins an update and wants a
     new minibatch, and reading it each time waits for the device.
 
+    Cost:
+      `1 + 1 / period` gradients per update; state: 1 copy of the params (transparent:
+      5) beside `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0.
@@ -219,6 +231,10 @@ def friendly_sam(
     the full gradient, whose direction hurts, says the paper. Two gradients per update,
     and a buffer like the params.
 
+    Cost:
+      2 gradients per update; state: 1 copy of the params (transparent: 5) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0.
@@ -273,6 +289,10 @@ def wsam(
     SAM with `descent.weighted`. With `learning_rate`, that of `outer`, it is decoupled,
     as the paper prefers: the outer optimizer takes g, and the sharpness term goes past
     its momentum and preconditioner. Two gradients per update.
+
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 4) beside
+      `outer`'s.
 
     Args:
       outer: an Optax optimizer, see `sam`.
@@ -333,6 +353,10 @@ def gradient_norm_penalty(
     :math:`\alpha = \lambda / \rho`. SAM with `descent.interpolated`. Two gradients per
     update.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 4) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0; the paper calls it r.
@@ -388,6 +412,10 @@ def stable_sam(
     SAM with `descent.renormalized`, which allows larger radii and learning rates. Two
     gradients per update.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 4) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0.
@@ -437,6 +465,10 @@ def loss_equated_sam(
     so that to first order the loss rises by the `budget` :math:`\sigma_t` everywhere,
     and what is left to descend is curvature. SAM with `ascent.loss_equated`. Two
     gradients per update.
+
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 3) beside
+      `outer`'s.
 
     Args:
       outer: an Optax optimizer, see `sam`.
@@ -496,6 +528,10 @@ def zsharp(
     front of `ascent.unit`. Two gradients per update, and a sort of the gradient, which
     can take longer than both.
 
+    Cost:
+      2 gradients per update; state: 0 copies of the params (transparent: 3) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer, see `sam`.
       rho: the radius, >= 0.
@@ -548,6 +584,10 @@ def ae_sam(
     with running mean and variance of :math:`\|g\|^2`. SAM with `descent.when_large`,
     between one and two gradients per update; see `looksam` for what that means in
     either mode.
+
+    Cost:
+      1 to 2 gradients per update; state: 0 copies of the params (transparent: 4) beside
+      `outer`'s.
 
     Args:
       outer: an Optax optimizer, see `sam`.

@@ -73,6 +73,10 @@ def sampa(
     The params stand on y, and so do loss and batch statistics; read w by `eval_params`.
     Put nothing behind this method that alters its updates.
 
+    Cost:
+      2 gradients per update; state: 2 copies of the params (transparent: 6) beside
+      `outer`'s.
+
     Args:
       outer: an Optax optimizer. It is asked twice per update, and keeps the state of
         the update of w.

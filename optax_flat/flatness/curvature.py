@@ -47,6 +47,9 @@ def hvp(
     with :math:`x` = `params` and :math:`v` = `vector`. It is exact (forward over
     reverse differentiation), and costs about as much as two gradients.
 
+    Cost:
+      1 Hessian-vector product over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, a scalar.
       params: where the Hessian is taken, any tree of floating-point arrays.
@@ -112,6 +115,9 @@ def trace(
     :math:`2 \sum_{i \neq j} H_{ij}^2`: a diagonal Hessian needs one sample. One
     Hessian-vector product per sample, one after the other.
 
+    Cost:
+      `num_samples` Hessian-vector products over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, a scalar.
       params: where the Hessian is taken, any tree of floating-point arrays.
@@ -176,6 +182,9 @@ def frobenius_norm(
     unbiased. The norm is its root, and the standard error that of the square divided by
     :math:`2 \|H\|_F` (the delta method, good where the error is small). One
     Hessian-vector product per sample, one after the other.
+
+    Cost:
+      `num_samples` Hessian-vector products over `batches`.
 
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, a scalar.

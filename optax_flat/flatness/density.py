@@ -65,6 +65,9 @@ def spectral_density(
     It takes :math:`S m` Hessian-vector products and holds :math:`m` vectors like the
     params.
 
+    Cost:
+      `num_samples * num_matvecs` Hessian-vector products over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, a scalar.
       params: where the Hessian is taken, any tree of floating-point arrays; n is their

@@ -63,6 +63,9 @@ def top_eigenvalues(
     and if the gap to all others is g, it lies within about :math:`r^2 / g`. That there
     is none beyond, which Lanczos' method has not seen yet, no residual proves.
 
+    Cost:
+      `k * (num_matvecs + 1)` Hessian-vector products over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, a scalar.
       params: where the Hessian is taken, any tree of floating-point arrays; n is their

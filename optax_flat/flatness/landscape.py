@@ -58,6 +58,9 @@ def line(
     (`random_direction`). Only a random one is normalized, so a unit eigenvector
     of the Hessian gives f in units of the distance, and `to` is reached at a = 1.
 
+    Cost:
+      `len(positions)` forward passes over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, without noise.
       params: w, any tree of floating-point arrays; computed with in at least float32.
@@ -149,6 +152,9 @@ def plane(
     (`random_direction`), with a key for each from `key`; two random directions of many
     parameters are nearly orthogonal. Three solutions a, b, c lie in the plane at a with
     ``directions=(b - a, c - a)``.
+
+    Cost:
+      `len(x) * len(y)` forward passes over `batches`.
 
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, without noise.

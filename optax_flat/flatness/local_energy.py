@@ -34,6 +34,9 @@ def local_energy(
     gradient cancels; to second order the expectation is :math:`\sigma^2 / 2 \sum_i
     H_{ii} w_i^2`. Two forward passes per sample.
 
+    Cost:
+      `2 * num_samples + 1` forward passes over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, without noise.
       params: w, any tree of floating-point arrays; computed with in at least float32.

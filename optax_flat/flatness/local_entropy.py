@@ -82,6 +82,10 @@ def local_entropy(
     minimum, :math:`\|g\|^2 / T \gamma`. From an error of about T on, the value is too
     low with high probability, and no more than a lower bound.
 
+    Cost:
+      `2 * (num_steps - 1) * (num_chains + max(2, num_chains // 4))` gradients and
+      `num_chains + max(2, num_chains // 4) + 1` forward passes over `batches`.
+
     Args:
       loss_fn: ``(params, batch) -> mean loss of the batch``, without noise.
       params: x, any tree of floating-point arrays; computed with in at least float32.

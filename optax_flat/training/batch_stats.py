@@ -32,7 +32,8 @@ def update_batch_stats(
       params: where to evaluate the model, from `optax_flat.eval_params`.
       batches: minibatches, any iterable: one epoch of the training data, or part of
         it. Batches of another shape compile another program.
-      batch_stats: the model's, for their structure and dtypes; an `nnx.State` will do.
+      batch_stats: the model's, for their structure and dtypes; a `flax.nnx.State` will
+        do.
 
     Returns:
       Statistics like `batch_stats`.

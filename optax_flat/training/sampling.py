@@ -113,6 +113,9 @@ def predict(
     The draws are those of `optax_flat.sample_params`, made and used one at a time in
     one `lax.scan`, which is compiled once for the same `predict_fn`.
 
+    Cost:
+      `num_samples` forward passes.
+
     Args:
       predict_fn: ``params -> tree of floating-point arrays``, for instance the class
         probabilities (not the logits) of test inputs; ``(params, aux)`` if there is

@@ -1,0 +1,90 @@
+"""The frameworks' own loops become ours by changing at most five lines."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+ALLOWED = 5  # lines
+HERE = Path(__file__).parent / "quickstarts"
+IMPORT = {"import optax": "import optax\nimport optax_flat"}
+
+# What stands where the optimizer is made, what is evaluated, and what it becomes.
+OPTIMIZER = {
+    "linen": "optax.sgd(learning_rate=0.1, momentum=0.9)",
+    "nnx": "optax.adamw(learning_rate=0.005)",
+    "equinox": "optax.adamw(learning_rate=0.005)",
+}
+METHODS = {
+    "ema_weights": "optax_flat.ema_weights({0}, decay=0.9)",
+    "sam": 'optax_flat.sam({0}, rho=0.05, mode="transparent")',
+    "entropy_sgd": (
+        'optax_flat.entropy_sgd(1.0, num_steps=5, mode="transparent", key=0)'
+    ),
+}
+EVALUATION = {
+    "linen": {
+        "    params = state.params\n": (
+            "    params = optax_flat.eval_params(state.opt_state, state.params)\n"
+        ),
+    },
+    "nnx": {
+        "    return eval_step": (
+            "    params = nnx.state(model, nnx.Param)\n"
+            "    params = optax_flat.eval_params(optimizer.opt_state, params)\n"
+            "    nnx.update(model, params)\n"
+            "    return eval_step"
+        ),
+    },
+    "equinox": {
+        "    return accuracy(model,": (
+            "    model = optax_flat.eval_params(opt_state, model)\n"
+            "    return accuracy(model,"
+        ),
+    },
+}
+
+
+def changed(framework: str, method: str) -> tuple[str, int]:
+    """The loop with our method, and how many of its lines are new or other ones."""
+    source = (HERE / f"{framework}.py").read_text()
+    before = source.splitlines()
+    optimizer = OPTIMIZER[framework]
+    ours = {optimizer: METHODS[method].format(optimizer)}
+    for old, new in (IMPORT | ours | EVALUATION[framework]).items():
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    return source, sum(line not in before for line in source.splitlines())
+
+
+def batches():
+    """Two kinds of stripes under noise, 60 minibatches to train and one to test."""
+
+    def draw(key):
+        labels_key, noise_key = jax.random.split(key)
+        labels = jax.random.bernoulli(labels_key, shape=(64,)).astype(int)
+        across = jnp.sign(jnp.sin(jnp.arange(8) * jnp.pi / 2 + 0.1))
+        stripes = across * jnp.ones((8, 8))
+        images = jnp.where(labels[:, None, None] == 0, stripes, stripes.T)
+        noise = 1.5 * jax.random.normal(noise_key, images.shape)
+        return (images + noise)[..., None], labels
+
+    *train, test = map(draw, jax.random.split(jax.random.key(1), 61))
+    return train, test
+
+
+def run(source: str, name: str):
+    namespace = {"__name__": name}
+    exec(compile(source, name, "exec"), namespace)
+    return float(namespace["main"](*batches()))
+
+
+@pytest.mark.parametrize("framework", OPTIMIZER)
+@pytest.mark.parametrize("method", METHODS)
+def test_five_lines(framework, method):
+    pytest.importorskip("equinox" if framework == "equinox" else "flax")
+    source, lines = changed(framework, method)
+    assert 2 <= lines <= ALLOWED
+    accuracy = run(source, f"{framework}-{method}")
+    assert accuracy > 0.9
