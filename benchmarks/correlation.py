@@ -14,7 +14,8 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from harness import COLOURS, Row
+
+from benchmarks.harness import COLOURS, Row
 
 RESAMPLES = 2000
 

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: options, rows on disk, tables, data.
+"""What the benchmark scripts share: options, rows on disk, tables, pictures.
 
 A benchmark measures methods with several seeds. Every finished pair (method, seed) is
 a row in DIR/rows.json, which is written again, whole, after each of them: a script that
@@ -11,9 +11,10 @@ import json
 import math
 import os
 import statistics
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,19 @@ def parser(
     return result
 
 
+def add_paths(options_of: argparse.ArgumentParser) -> None:
+    """The option --data with one path or several."""
+    options_of.add_argument(
+        "--data",
+        type=lambda text: [Path(part) for part in text.split(",")],
+        default=[],
+        metavar="PATH,PATH",
+        help="data files",
+    )
+
+
 class Rows:
-    """The rows of a benchmark, kept in a folder.
+    """The rows of a benchmark, kept in a folder. Threads may record side by side.
 
     Args:
       folder: where rows.json and settings.json are; made if missing.
@@ -78,6 +90,7 @@ class Rows:
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]):
         self._path = folder / "rows.json"
+        self._lock = threading.Lock()
         self._rows: list[Row] = read_json(self._path, [])
         device = f"{jax.devices()[0].device_kind}, host with {os.cpu_count()} cores"
         settings = {**settings, "jax": jax.__version__, "device": device}
@@ -124,8 +137,9 @@ class Rows:
         The row has the `COSTS` and any measures; NaN is refused.
         """
         costs = {name: row[name] for name in COSTS}
-        self._rows.append({"method": method, "seed": seed, **costs, **row})
-        write_json(self._path, self._rows)
+        with self._lock:
+            self._rows.append({"method": method, "seed": seed, **costs, **row})
+            write_json(self._path, self._rows)
 
 
 def table(rows: Iterable[Row], measures: Sequence[str]) -> str:
@@ -170,6 +184,13 @@ def random_digits(
     }
     noise = jax.random.normal(keys[2], (images, 784))
     return params, (noise, jax.random.randint(keys[3], (images,), 0, 10))
+
+
+def shuffled(examples: int, count: int, seed: int) -> np.ndarray:
+    """The first `count` numbers of epochs, each of all examples in another order."""
+    draw = np.random.default_rng(seed).permutation
+    epochs = -(-count // examples)
+    return np.concatenate([draw(examples) for _ in range(epochs)])[:count]
 
 
 def _summary(values: Sequence[float]) -> str:
@@ -281,52 +302,6 @@ def select(
         best.setdefault(name, rate)
     write_json(folder / "selection.json", best)
     print(table(rows, measures))
-
-
-class Images(NamedTuple):
-    """A labelled data set: images uint8 [N, ...], labels integers [N]."""
-
-    train_images: np.ndarray
-    train_labels: np.ndarray
-    test_images: np.ndarray
-    test_labels: np.ndarray
-
-
-def load_images(path: Path | None) -> Images:
-    """Reads an .npz file with the arrays of `Images`; SystemExit if it cannot."""
-    expected = f"an .npz file with the arrays {', '.join(Images._fields)}"
-    if path is None or not path.is_file():
-        given = "nothing was given" if path is None else f"there is no file {path}"
-        raise SystemExit(
-            f"--data needs {expected}, but {given}. Pass --data FILE, or --smoke alone "
-            "to try the script on random data."
-        )
-    with np.load(path) as file:
-        missing = [name for name in Images._fields if name not in file]
-        if missing:
-            raise SystemExit(
-                f"--data needs {expected}, but {path} has {', '.join(file)}. Rename or "
-                f"add what is missing: {', '.join(missing)}."
-            )
-        return Images(*(file[name] for name in Images._fields))
-
-
-def hold_out(images: Images, count: int) -> Images:
-    """The last training images in the place of the test images, to choose by."""
-    kept, held_out = slice(None, -count), slice(-count, None)
-    x, y = images.train_images, images.train_labels
-    return Images(x[kept], y[kept], x[held_out], y[held_out])
-
-
-def random_images(shape: tuple[int, ...], train: int, test: int) -> Images:
-    """Noise with random labels from 0 to 9, for smoke runs."""
-    random = np.random.default_rng(0)
-
-    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
-        images = random.integers(256, size=(count, *shape), dtype=np.uint8)
-        return images, random.integers(10, size=count, dtype=np.uint8)
-
-    return Images(*draw(train), *draw(test))
 
 
 def read_json(path: Path, default: Any) -> Any:

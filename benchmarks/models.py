@@ -39,16 +39,30 @@ def normalized(scale: jax.Array, x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale
 
 
-def patches(x: jax.Array, stride: int = 1) -> jax.Array:
-    """3x3 patches of a padded image, [B, H, W, C] -> [B, H / stride, W / stride, 9 C].
+def patches(x: jax.Array, stride: int = 1, padding: int = 1) -> jax.Array:
+    """3x3 patches of an image, [B, H, W, C] -> [B, H / stride, W / stride, 9 C].
 
-    The size is rounded up.
+    The size is rounded up; without padding it is that of H - 2 and W - 2.
     """
-    height, width = x.shape[1:3]
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    height, width = (size - 2 for size in x.shape[1:3])
     corners = itertools.product(range(3), range(3))
     parts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in corners]
     return jnp.concatenate(parts, axis=-1)
+
+
+def feed_forward(
+    layers: Sequence[Any],
+    x: jax.Array,
+    convolutions: int,
+    activation: Callable[[jax.Array], jax.Array],
+) -> jax.Array:
+    """Logits of dense layers, the first ones on 3x3 patches with stride 2."""
+    for i, layer in enumerate(layers):
+        x = patches(x, 2, padding=0) if i < convolutions else x.reshape(len(x), -1)
+        x = linear(layer, x)
+        x = x if layer is layers[-1] else activation(x)
+    return x
 
 
 def mlp(shape: Sequence[int], widths: Sequence[int], classes: int) -> Model:

@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,20 +38,23 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.stats
-from harness import (
+from tqdm.auto import tqdm
+
+import optax_flat
+from benchmarks.harness import (
     COLOURS,
     SELECTION_SEED,
     Row,
     Rows,
+    add_paths,
     parser,
+    shuffled,
     write_json,
     write_table,
 )
-from methods import AXIS, CATALOGUES, Method, Setup
-from models import Model
-from tqdm.auto import tqdm
-
-import optax_flat
+from benchmarks.images import Images
+from benchmarks.methods import AXIS, CATALOGUES, Method, Setup
+from benchmarks.models import Model
 from optax_flat.training import make_train_step
 
 BASELINES = ("sgd", "adamw")
@@ -139,11 +141,20 @@ def image_task(model: Model) -> Task:
     return Task(model.init, loss, measure, batch)
 
 
-def averaged(images: np.ndarray) -> np.ndarray:
-    """Pixels in squares of 2x2 become one: float32 [N, H / 2, W / 2, C]."""
-    count, height, width = images.shape[:3]
-    squares = images.reshape(count, height // 2, 2, width // 2, 2, -1)
-    return squares.mean(axis=(2, 4), dtype=np.float32)
+def image_data(images: Images, train: Any, validation: Any) -> Data:
+    """Training images of these numbers, or slices, to train with and to tune by."""
+    pixels, labels = images.train_images, images.train_labels
+    return Data(
+        (pixels[train], labels[train]),
+        (pixels[validation], labels[validation]),
+        (images.test_images, images.test_labels),
+    )
+
+
+def random_split(images: Images, train: int, validation: int, seed: int) -> Data:
+    """Every seed has other images to train with and to tune by."""
+    order = np.random.default_rng(seed).permutation(len(images.train_images))
+    return image_data(images, *np.split(order[: train + validation], [train]))
 
 
 # --- training -------------------------------------------------------------------------
@@ -201,10 +212,8 @@ def ordered(cell: Cell, method: Method, seed: int) -> np.ndarray:
 
     Between the two are the replicas and the minibatches of a walk, where there are any.
     """
-    draw = np.random.default_rng(seed).permutation
-    epochs = -(-cell.gradients * cell.batch // cell.examples)
-    order = np.concatenate([draw(cell.examples) for _ in range(epochs)])
-    order = order[: cell.gradients * cell.batch].reshape(-1, cell.batch)
+    order = shuffled(cell.examples, cell.gradients * cell.batch, seed)
+    order = order.reshape(-1, cell.batch)
     updates = cell.gradients // (method.num_steps * cell.points)
     walk = 1 if method.one_minibatch else method.num_steps
     order = order[: cell.points * updates * walk]
@@ -306,7 +315,7 @@ class Choice(NamedTuple):
     at_edge: bool
 
 
-def tune(tried: Rows, lock: threading.Lock, cell: Cell, name: str) -> Choice:
+def tune(tried: Rows, cell: Cell, name: str) -> Choice:
     """Tries candidates, each with `cell.draws` seeds; takes what is there from rows."""
     method = cell.method(name)
     known = {(row["method"], row["seed"]): row["validation"] for row in tried}
@@ -317,8 +326,7 @@ def tune(tried: Rows, lock: threading.Lock, cell: Cell, name: str) -> Choice:
             trained, data, row = run(cell, name, candidate, seed)
             found = evaluated(cell, name, trained, data, "validation")
             row["validation"] = found[cell.tuned_by]
-            with lock:
-                tried.record(row_name, seed, row)
+            tried.record(row_name, seed, row)
             known[row_name, seed] = row["validation"]
         return cell.measures[cell.tuned_by] * known[row_name, seed]
 
@@ -340,21 +348,22 @@ def scaled(choice: Choice, factor: float) -> Choice:
 # --- the whole ------------------------------------------------------------------------
 
 
-def options_of(
-    script: str | None, methods: Iterable[str], *, seeds: int, name: str
-) -> argparse.ArgumentParser:
-    """Those of all situations; `--data` takes one path or several."""
-    result = parser(script, methods, seeds=seeds, out=f"out/{name}", data=False)
-    add = result.add_argument
-    add("--preset", choices=("small", "paper"), default="small", help="sizes (small)")
-    add(
-        "--data",
-        type=lambda text: [Path(part) for part in text.split(",")],
-        default=[],
-        metavar="PATH,PATH",
-        help="data files",
+def options_and_sizes(
+    script: str | None,
+    methods: Iterable[str],
+    presets: Mapping[str, Any],
+    *,
+    seeds: int,
+    name: str,
+) -> tuple[argparse.Namespace, Any]:
+    """The options of a situation, and the sizes of the preset, or of a smoke run."""
+    options_of = parser(script, methods, seeds=seeds, out=f"out/{name}", data=False)
+    options_of.add_argument(
+        "--preset", choices=("small", "paper"), default="small", help="sizes (small)"
     )
-    return result
+    add_paths(options_of)
+    options = options_of.parse_args()
+    return options, presets["smoke" if options.smoke else options.preset]
 
 
 def side_by_side(work: Callable[..., Any], items: Sequence[Any], label: str) -> list:
@@ -363,6 +372,28 @@ def side_by_side(work: Callable[..., Any], items: Sequence[Any], label: str) -> 
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda item: work(*item), items)
         return list(tqdm(found, total=len(items), desc=label))
+
+
+def run_missing(
+    rows: Rows,
+    jobs: Iterable[tuple[Cell, str]],
+    candidates: Mapping[tuple[str, str], Candidate],
+    seeds: int,
+    label: str,
+) -> None:
+    """Runs each (cell, method) with the candidate of their names, for every seed."""
+
+    def work(seed, cell, name):
+        trained, data, row = run(cell, name, candidates[cell.name, name], seed)
+        if cell.report is None:
+            row |= evaluated(cell, name, trained, data, "test")
+        else:
+            row |= cell.report(trained, data)
+        rows.record(f"{cell.name}/{name}", seed, row)
+
+    runs = [(seed, *job) for seed, job in itertools.product(range(seeds), jobs)]
+    missing = [r for r in runs if (f"{r[1].name}/{r[2]}", r[0]) not in rows]
+    side_by_side(work, missing, label)
 
 
 def compare(
@@ -375,12 +406,11 @@ def compare(
 
     Returns what tuning chose for each (cell, method).
     """
-    lock = threading.Lock()
     jobs: list[tuple[Cell, str]]
     jobs = list(itertools.product(cells, options.methods))
     tuned = [job for job in jobs if not job[1].endswith(SCALED)]
     tried = Rows(options.out / "selection", settings)
-    found = side_by_side(functools.partial(tune, tried, lock), tuned, "tuning")
+    found = side_by_side(functools.partial(tune, tried), tuned, "tuning")
     places = [(cell.name, name) for cell, name in tuned]
     choices = dict(zip(places, found, strict=True))
     write_json(
@@ -399,24 +429,8 @@ def compare(
             choices[cell.name, name] = scaled(choice, factor)
 
     rows = Rows(options.out, settings)
-
-    def work(seed, cell, name):
-        candidate = choices[cell.name, name].candidate
-        trained, data, row = run(cell, name, candidate, seed)
-        if cell.report is None:
-            row |= evaluated(cell, name, trained, data, "test")
-        else:
-            row |= cell.report(trained, data)
-        with lock:
-            rows.record(f"{cell.name}/{name}", seed, row)
-
-    pending = [
-        (seed, cell, name)
-        for seed in range(options.seeds)
-        for cell, name in jobs
-        if (f"{cell.name}/{name}", seed) not in rows
-    ]
-    side_by_side(work, pending, "runs")
+    candidates = {place: choice.candidate for place, choice in choices.items()}
+    run_missing(rows, jobs, candidates, options.seeds, "runs")
 
     lines = [
         line

@@ -42,10 +42,13 @@ class Results:
 
     @property
     def script(self) -> str:
-        """The script's path in the repository."""
+        """What `python` is given to start it: `-m MODULE`, or an example's path."""
         folders = (ROOT / "benchmarks", ROOT / "examples")
         (path,) = [p for f in folders for p in f.rglob(f"{self.name}.py")]
-        return path.relative_to(ROOT).as_posix()
+        path = path.relative_to(ROOT)
+        if path.parts[0] == "examples":
+            return path.as_posix()
+        return f"-m {'.'.join(path.with_suffix('').parts)}"
 
     def command(self, options: str = "") -> str:
         """The command, and what it was run on."""

@@ -44,12 +44,3 @@ def x64():
     """Double precision, for oracles and golden trajectories."""
     with jax.enable_x64(True):
         yield
-
-
-@pytest.fixture
-def hlo(monkeypatch):
-    """Programs compiled as users have them, and what their text tells."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import hlo
-
-    return hlo

@@ -442,7 +442,7 @@ def test_hand_made_shards_need_no_other(rule):
 
 
 @rule_case
-def test_no_collectives_and_no_second_ring(rule, hlo):
+def test_no_collectives_and_no_second_ring(rule):
     """On sharded params, with the state donated: elementwise, and in place."""
     make, _ = RULES[rule]
     tx = make(optax.sgd(0.1))

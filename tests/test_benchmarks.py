@@ -2,18 +2,18 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.stats
+from scripts import MODULES, ROOT, start
+
+from benchmarks import checkpoint, correlation, harness, images
+from benchmarks.faults import kills
+from benchmarks.training import ptb_lstm
 
 # Started a second time; the others would do the same, and compile for longer.
 RESUMED = ("update_time",)
-FOLDER = Path(__file__).parents[1] / "benchmarks"
 METHODS = {
     "step_time": ["mlp/entropy/scan", "compile/sam/5"],
     "sam_time": ["sam", "looksam", "sgd_swa"],
@@ -39,25 +39,11 @@ ROWS = {
 }
 
 
-@pytest.fixture
-def harness(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    import harness
-
-    return harness
-
-
-def start(script, out, *options):
-    command = [sys.executable, FOLDER / f"{script}.py", "--out", out, *options]
-    return subprocess.run(
-        [str(part) for part in command],
-        # The time goes into compilation.
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+@pytest.mark.parametrize("script", MODULES)
+def test_says_how_it_is_started(script):
+    module = MODULES[script]
+    text = (ROOT / f"{module.replace('.', '/')}.py").read_text()
+    assert f"\n    python -m {module}" in text.split('"""')[1]
 
 
 def read_rows(out):
@@ -133,8 +119,7 @@ def test_kills(tmp_path):
     assert (tmp_path / "kills.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_faults_of_a_history_are_found(harness, tmp_path):
-    kills = pytest.importorskip("kills")
+def test_faults_of_a_history_are_found(tmp_path):
     path = tmp_path / "history.json"
     expected = [4.0, 3.0, 2.0]
 
@@ -189,21 +174,21 @@ def test_missing_data_is_a_clear_error(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_load_images(harness, tmp_path):
+def test_load_images(tmp_path):
     path = tmp_path / "images.npz"
-    images = harness.random_images((2, 2), 3, 4)
-    np.savez(path, **images._asdict())
-    loaded = harness.load_images(path)
-    for found, expected in zip(loaded, images, strict=True):
+    made = images.random_images((2, 2), 3, 4)
+    np.savez(path, **made._asdict())
+    loaded = images.load_images(path)
+    for found, expected in zip(loaded, made, strict=True):
         np.testing.assert_array_equal(found, expected)
-    np.savez(path, x_train=images.train_images, test_labels=images.test_labels)
+    np.savez(path, x_train=made.train_images, test_labels=made.test_labels)
     with pytest.raises(SystemExit, match=r"x_train.*missing: train_images"):
-        harness.load_images(path)
+        images.load_images(path)
     with pytest.raises(SystemExit, match="nothing was given"):
-        harness.load_images(None)
+        images.load_images(None)
 
 
-def test_unknown_method_names_the_known_ones(harness, capsys):
+def test_unknown_method_names_the_known_ones(capsys):
     options = harness.parser("Title.", ["a", "b"], seeds=1, out="out", data=False)
     assert options.parse_args(["--methods", "b"]).methods == ["b"]
     with pytest.raises(SystemExit):
@@ -211,7 +196,7 @@ def test_unknown_method_names_the_known_ones(harness, capsys):
     assert "unknown c; choose from a, b" in capsys.readouterr().err
 
 
-def test_rows_are_kept_and_not_repeated(harness, tmp_path):
+def test_rows_are_kept_and_not_repeated(tmp_path):
     costs = {"gradient_evaluations": 1, "forward_passes": 0, "seconds": 0.5}
     rows = harness.Rows(tmp_path, {"size": (1, 2)})
     pairs = []
@@ -228,7 +213,7 @@ def test_rows_are_kept_and_not_repeated(harness, tmp_path):
         rows.record("c", 0, {"gradient_evaluations": 1})
 
 
-def test_table(harness):
+def test_table():
     costs = {"gradient_evaluations": 7, "seconds": 2.0}
     rows = [{"method": "a", "loss": loss, **costs} for loss in (1.0, 1.02, 1.07)]
     rows.append({"method": "b", **costs})
@@ -237,9 +222,8 @@ def test_table(harness):
     assert lines[2:] == ["| a | 1.030 ± 0.036 | 7 | 2 | 3 |", "| b | - | 7 | 2 | 1 |"]
 
 
-def test_a_run_that_was_cut_off_goes_on(harness, tmp_path):
+def test_a_run_that_was_cut_off_goes_on(tmp_path):
     """After an interruption a run ends as if there had been none."""
-    ptb_lstm = pytest.importorskip("ptb_lstm")
     text, sizes = ptb_lstm.random_text(), ptb_lstm.SMOKE
 
     class Interrupted(ptb_lstm.Checkpoint):
@@ -264,12 +248,11 @@ def test_a_run_that_was_cut_off_goes_on(harness, tmp_path):
     assert len(straight["valid_perplexities"]) == 4
 
 
-def test_checkpoint(harness, tmp_path):
+def test_checkpoint(tmp_path):
     """State and log come back together; without a file, what was given."""
     import jax
     import jax.numpy as jnp
 
-    checkpoint = pytest.importorskip("checkpoint")
     state = {"x": jnp.arange(3.0), "key": jax.random.key(1)}
     fresh = {"x": jnp.zeros(3), "key": jax.random.key(0)}
     with checkpoint.Checkpoint(tmp_path / "run") as run:
@@ -285,8 +268,7 @@ def test_checkpoint(harness, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_kendalls_tau_agrees_with_scipy(harness):
-    correlation = pytest.importorskip("correlation")
+def test_kendalls_tau_agrees_with_scipy():
     random = np.random.default_rng(0)
     x, y = random.integers(6, size=(2, 20))  # with ties
     counts = np.stack([np.ones(20), np.arange(20) % 3])
@@ -298,9 +280,8 @@ def test_kendalls_tau_agrees_with_scipy(harness):
     np.testing.assert_array_equal(correlation.taus(x, 0 * y, counts), 0.0)
 
 
-def test_correlations_compare_only_within_cells(harness):
+def test_correlations_compare_only_within_cells():
     """In either cell the gap falls with the measure; over both together it rises."""
-    correlation = pytest.importorskip("correlation")
     cells = {
         cell: [
             {"a": shift + i, "gap": shift - i, "configuration": f"x{i}"}
@@ -314,9 +295,8 @@ def test_correlations_compare_only_within_cells(harness):
     assert "| a | -1.00 [-1.00, -1.00] |" in correlation.markdown(found, ["all"], "tau")
 
 
-def test_intervals_are_those_of_configurations(harness):
+def test_intervals_are_those_of_configurations():
     """Three equal seeds of each configuration are worth no more than one."""
-    correlation = pytest.importorskip("correlation")
     random = np.random.default_rng(0)
     numbers = random.normal(size=(12, 2))
     runs = [
@@ -333,9 +313,8 @@ def test_intervals_are_those_of_configurations(harness):
     assert width[id(thrice)] > 0.8 * width[id(once)]
 
 
-def test_partial_tau(harness):
+def test_partial_tau():
     """What a control explains is gone: x and y follow c, with noise of their own."""
-    correlation = pytest.importorskip("correlation")
     random = np.random.default_rng(0)
     rows = [
         {"x": c + a, "y": c + b, "c": c, "configuration": str(c)}

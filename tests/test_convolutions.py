@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from problem import assert_close
 
 import optax_flat
+from benchmarks import hlo
 from optax_flat import flatness
 from optax_flat._core import convolutions
 from optax_flat.training import (
@@ -460,7 +461,7 @@ LOOPS = {
 
 
 @pytest.mark.parametrize("name", LOOPS)
-def test_loops_have_the_fast_layout_only(hlo, name):
+def test_loops_have_the_fast_layout_only(name):
     """XLA leaves convolutions in loops as they are; one argument shows it."""
     fast, plain = (
         hlo.compiled(jax.jit(LOOPS[name](fast)), KERNEL) for fast in (True, False)

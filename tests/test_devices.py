@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from problem import assert_close, update
 
 import optax_flat
+from benchmarks import hlo
 from optax_flat.training import make_train_step
 
 P = jax.P
@@ -297,7 +298,7 @@ def test_perturbation_per_device_is_a_group_per_device(check_vma, kind):
 
 
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
-def test_groups_walk_without_the_others(hlo, kind):
+def test_groups_walk_without_the_others(kind):
     """One all-reduce of the params' size per update, not one for each gradient."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params()))
 

@@ -104,6 +104,16 @@ def test_every_benchmark_has_a_page(modules):
     assert "{{" not in evidence.render(text, **names)
 
 
+def test_commands_of_pages_exist():
+    """Those that a page says itself; others are made of the script's place."""
+    texts = [path.read_text() for path in DOCS.rglob("*.md")]
+    texts.append((DOCS.parent / "results" / "summary" / "rows.json").read_text())
+    modules = {m for t in texts for m in re.findall(r"python -m (benchmarks\S*\w)", t)}
+    assert modules
+    for module in modules:
+        assert (DOCS.parent / f"{module.replace('.', '/')}.py").is_file(), module
+
+
 def test_evidence(modules, tmp_path, monkeypatch):
     """Means, ratios and paired gains of rows that are written here."""
     evidence, _ = modules

@@ -5,10 +5,12 @@ from collections import Counter
 import jax
 import jax.numpy as jnp
 
+from benchmarks import hlo
+
 P = jax.P
 
 
-def test_counts_products_and_collectives(hlo):
+def test_counts_products_and_collectives():
     """Loops count as often as they run, of branches the one that communicates."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     w = jax.device_put(jnp.ones((16, 4)), jax.NamedSharding(mesh, P()))
@@ -33,7 +35,7 @@ def test_counts_products_and_collectives(hlo):
     assert hlo.total_bytes(found) == 6 * 4 * 16 * 4
 
 
-def test_gathers(hlo):
+def test_gathers():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     x = jax.device_put(jnp.ones((16, 3)), jax.NamedSharding(mesh, P("data")))
     whole = jax.jit(lambda x: 2 * x, out_shardings=jax.NamedSharding(mesh, P()))

@@ -10,6 +10,7 @@ import pytest
 import scipy.stats
 
 import optax_flat
+from benchmarks import hlo
 from optax_flat._core.noise import (
     _SCALE,
     KINDS,
@@ -215,7 +216,7 @@ def outer_update(tx, mode, params, state):
     return optax.apply_updates(params, updates), state
 
 
-def program(hlo, mode, params, **noise):
+def program(mode, params, **noise):
     tx = optax_flat.entropy_sgd(1.0, num_steps=5, mode=mode, key=0, **noise)
     step = jax.jit(functools.partial(outer_update, tx, mode))
     return hlo.compiled(step, params, jax.jit(tx.init)(params))
@@ -223,27 +224,27 @@ def program(hlo, mode, params, **noise):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
-def test_noise_is_made_where_it_is_used(mode, kind, hlo):
+def test_noise_is_made_where_it_is_used(mode, kind):
     """On eight devices: nothing exchanged, no more memory, nothing of full size."""
     _, params = sharded({name: jnp.zeros((64, 32)) for name in LAYOUTS})
-    with_noise = program(hlo, mode, params, noise_kind=kind)
-    without = program(hlo, mode, params, noise=0.0)
+    with_noise = program(mode, params, noise_kind=kind)
+    without = program(mode, params, noise=0.0)
     assert not hlo.costs(with_noise).collectives
     temporary = [p.memory_analysis().temp_size_in_bytes for p in (with_noise, without)]
     assert temporary[0] <= 1.5 * temporary[1]
     _, shards = sharded({"rows": params["rows"], "both": params["both"]})
-    text = program(hlo, mode, shards, noise_kind=kind).as_text()
+    text = program(mode, shards, noise_kind=kind).as_text()
     assert "[16,32]" in text and "[16,16]" in text  # what a device has of the two
     assert "[64,32]" not in text
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_noise_adds_little_to_the_program(kind, hlo):
+def test_noise_adds_little_to_the_program(kind):
     """As users compile it: instructions per leaf, and one code for equal leaves."""
 
     def sizes(leaves, **noise):
         params = {f"leaf_{i}": jnp.zeros((24, 16)) for i in range(leaves)}
-        text = program(hlo, "scanned", params, **noise).as_text()
+        text = program("scanned", params, **noise).as_text()
         instructions = sum(" = " in line for line in text.splitlines())
         return np.array([instructions, len(hlo.kernels(text))])
 

@@ -1,12 +1,13 @@
 """Odd params and odd arguments: an update, or an error of ours."""
 
 import json
-from pathlib import Path
 
 import generated
 import pytest
 from catalogue import METHODS
 from hypothesis import HealthCheck, given, settings
+
+from benchmarks.faults import odd_input
 
 
 @pytest.mark.parametrize(
@@ -30,11 +31,8 @@ def test_finite_or_refused(method):
 
 def test_slow_script(monkeypatch, tmp_path, capsys):
     """It counts what became of each example, in a table."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     options = ["--smoke", "--seeds", "1", "--methods", "adagrad", "--out", tmp_path]
     monkeypatch.setattr("sys.argv", ["odd_input.py", *map(str, options)])
-    import odd_input
-
     odd_input.main()
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["examples"] == row["refused"] + row["finite"] == 3

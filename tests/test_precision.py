@@ -21,6 +21,7 @@ from problem import (
 from savers import SAVERS
 
 import optax_flat
+from benchmarks import hlo
 from optax_flat._core import trees
 from optax_flat._core.modes import states
 from optax_flat._core.noise import draw
@@ -453,7 +454,7 @@ def test_shardings_are_kept(method, mode, kind):
         assert_close(after[0], expected[0], BF16)
 
 
-def test_rounding_is_that_of_one_device(hlo):
+def test_rounding_is_that_of_one_device():
     """The same bits wherever the shards are, and no collectives."""
     mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
     tx = optax_flat.stochastic_rounding(optax.sgd(1e-3), key=0)

@@ -1,7 +1,5 @@
 """What quantize_later, uncertainty and recurrent measure."""
 
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +7,8 @@ import optax
 import pytest
 import scipy.stats
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
-    return pytest.importorskip
+from benchmarks import models, situations
+from benchmarks.training import quantize_later, recurrent, uncertainty
 
 
 def kernels():
@@ -27,12 +20,12 @@ def kernels():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
-def test_rounding(load, bits):
+def test_rounding(bits):
     """At most half a level away, on 2^bits - 1 levels; the largest weights stay."""
     params = kernels()
     w = params["kernel"]
     for per_channel, axis in ((False, None), (True, 0)):
-        damaged = load("quantize_later").rounded(params, bits, per_channel=per_channel)
+        damaged = quantize_later.rounded(params, bits, per_channel=per_channel)
         np.testing.assert_array_equal(damaged["bias"], params["bias"])
         largest = jnp.abs(w).max(axis=axis, keepdims=True)
         level = largest / (2 ** (bits - 1) - 1)
@@ -44,11 +37,11 @@ def test_rounding(load, bits):
         )
 
 
-def test_pruning(load):
+def test_pruning():
     """Over all kernels together, the smallest ones."""
     params = [kernels(), kernels()]
     params[1]["kernel"] *= 100
-    damaged = load("quantize_later").pruned(params, 75)
+    damaged = quantize_later.pruned(params, 75)
     assert sum(int((p["kernel"] == 0).sum()) for p in damaged) == 300
     kept = jnp.concatenate([jnp.abs(p["kernel"]).ravel() for p in damaged])
     lost = jnp.concatenate([jnp.abs(p["kernel"]).ravel() for p in params])[kept == 0]
@@ -56,17 +49,17 @@ def test_pruning(load):
     np.testing.assert_array_equal(damaged[0]["bias"], params[0]["bias"])
 
 
-def test_shaking_is_relative(load):
+def test_shaking_is_relative():
     params = {"kernel": jnp.full((100, 100), 3.0), "bias": jnp.ones(5)}
-    damaged = load("quantize_later").shaken(params, 0.2, jax.random.key(0))
+    damaged = quantize_later.shaken(params, 0.2, jax.random.key(0))
     noise = damaged["kernel"] - params["kernel"]
     assert noise.std() == pytest.approx(0.6, rel=0.03)
     np.testing.assert_array_equal(damaged["bias"], params["bias"])
 
 
-def test_calibration_error(load):
+def test_calibration_error():
     """Two bins: 0.25 with all right, 0.9 with half of them right."""
-    error = load("uncertainty").calibration_error
+    error = uncertainty.calibration_error
     confidence = np.array([0.25] * 6 + [0.9] * 4)
     right = np.array([1] * 6 + [1, 1, 0, 0])
     assert error(confidence, right) == pytest.approx(0.6 * 0.75 + 0.4 * 0.4)
@@ -74,8 +67,7 @@ def test_calibration_error(load):
     assert error(certain, np.array([True, True, False])) == pytest.approx(1 / 3)
 
 
-def test_the_floor_is_the_error_of_calibrated_models(load):
-    uncertainty = load("uncertainty")
+def test_the_floor_is_the_error_of_calibrated_models():
     random = np.random.default_rng(0)
     log_p = np.log(random.dirichlet(np.ones(10), size=2000))
     labels = (random.random((2000, 1)) > np.exp(log_p).cumsum(axis=1)).sum(axis=1)
@@ -90,17 +82,16 @@ def test_the_floor_is_the_error_of_calibrated_models(load):
     assert temperature == pytest.approx(1 / 0.3, rel=0.1)
 
 
-def test_auroc_agrees_with_scipy(load):
+def test_auroc_agrees_with_scipy():
     random = np.random.default_rng(0)
     known, unknown = random.integers(8, size=40), random.integers(2, 10, size=30)
     statistic = scipy.stats.mannwhitneyu(unknown, known).statistic
-    found = load("uncertainty").auroc(known, unknown)
+    found = uncertainty.auroc(known, unknown)
     assert found == pytest.approx(statistic / (40 * 30))
 
 
-def test_members_of_an_ensemble_are_trained_alone(load):
+def test_members_of_an_ensemble_are_trained_alone():
     """Each as a network of its own start, with a quarter of the minibatches."""
-    situations, models, uncertainty = map(load, ("situations", "models", "uncertainty"))
     random = np.random.default_rng(0)
     images = random.normal(size=(32, 2, 2, 1)).astype(np.float32)
     data = situations.Data(*[(images, random.integers(3, size=32))] * 3)
@@ -126,8 +117,7 @@ def test_members_of_an_ensemble_are_trained_alone(load):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_gradients_of_the_lstm_are_clipped(load):
-    recurrent = load("recurrent")
+def test_gradients_of_the_lstm_are_clipped():
     sizes = recurrent.Sizes(11, 5, 2, 4, 10)
     task = recurrent.words_task(sizes)
     windows = jax.random.randint(jax.random.key(1), (2, 6), 0, 11)
@@ -138,8 +128,7 @@ def test_gradients_of_the_lstm_are_clipped(load):
     assert small["a"] == pytest.approx(1e-3)
 
 
-def test_the_most_frequent_words_are_kept(load):
-    recurrent = load("recurrent")
+def test_the_most_frequent_words_are_kept():
     train = np.array([4, 4, 4, 2, 2, 0, 1, 3], np.int32)
     text = recurrent.Text(train, train[::-1], train[:2], 5)
     kept, _, test = recurrent.frequent(text, 3)

@@ -2,36 +2,19 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from scripts import start
 
-FOLDER = Path(__file__).parents[1] / "benchmarks"
-
-
-@pytest.fixture(autouse=True)
-def benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(FOLDER)
+from benchmarks import models, situations
+from benchmarks.training import transformer
 
 
-@pytest.fixture
-def situations(benchmarks):
-    return pytest.importorskip("situations")
-
-
-@pytest.fixture
-def models(benchmarks):
-    return pytest.importorskip("models")
-
-
-def search(situations, score):
+def search(score):
     """Tunes a method of three second settings, as `tune` does."""
     scores = {}
     while candidate := situations.next_try(scores, 3):
@@ -42,8 +25,8 @@ def search(situations, score):
 
 
 @pytest.mark.parametrize("optimum", [-3, -1, 0, 2, 4])
-def test_tuning_ends_between_a_smaller_and_a_larger_rate(situations, optimum):
-    best, scores = search(situations, lambda c: -abs(c.step - optimum) - c.second)
+def test_tuning_ends_between_a_smaller_and_a_larger_rate(optimum):
+    best, scores = search(lambda c: -abs(c.step - optimum) - c.second)
     assert abs(best.step - optimum) <= 1
     assert situations.has_both_sides(best, scores)
     limit = situations.TRIES + situations.EXTRA
@@ -51,20 +34,20 @@ def test_tuning_ends_between_a_smaller_and_a_larger_rate(situations, optimum):
 
 
 @pytest.mark.parametrize("second", [0, 2])
-def test_every_method_has_as_many_tries(situations, second):
+def test_every_method_has_as_many_tries(second):
     """The middle settings or others: where the start was good, none has more."""
-    best, scores = search(situations, lambda c: -abs(c.step) - (c.second - second) ** 2)
+    best, scores = search(lambda c: -abs(c.step) - (c.second - second) ** 2)
     assert best == (0, second)
     assert len(scores) == situations.TRIES
 
 
-def test_tuning_that_never_turns_is_told(situations):
-    best, scores = search(situations, lambda c: c.step)
+def test_tuning_that_never_turns_is_told():
+    best, scores = search(lambda c: c.step)
     assert len(scores) == situations.TRIES + situations.EXTRA
     assert not situations.has_both_sides(best, scores)
 
 
-def test_rates_of_a_grid_of_thirds(situations):
+def test_rates_of_a_grid_of_thirds():
     method = situations.CATALOGUES["sgd"]["sgd"]
     rate, second = situations.Candidate(2, 1).of(method)
     assert rate == pytest.approx(3 * method.start)
@@ -74,7 +57,7 @@ def test_rates_of_a_grid_of_thirds(situations):
     assert rate == pytest.approx(48 * method.start)
 
 
-def test_interval_agrees_with_scipy(situations):
+def test_interval_agrees_with_scipy():
     of, base = np.random.default_rng(0).normal(size=(2, 5))
     _, low, high = situations.interval(list(of - base))
     expected = scipy.stats.ttest_rel(of, base).confidence_interval(0.95)
@@ -84,7 +67,7 @@ def test_interval_agrees_with_scipy(situations):
     assert situations.verdict(*situations.interval([3.0])[1:]) == "same"
 
 
-def test_all_methods_see_the_same_minibatches(situations):
+def test_all_methods_see_the_same_minibatches():
     cell = situations.Cell(
         "cell", None, None, examples=24, gradients=40, batch=8, points=2
     )  # fmt: skip
@@ -107,7 +90,7 @@ def test_all_methods_see_the_same_minibatches(situations):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
-def test_every_method_learns(situations, models, base):
+def test_every_method_learns(base):
     images = jax.random.normal(jax.random.key(0), (64, 2, 2, 1))
     labels = (images.reshape(64, 4)[:, 0] > 0).astype(jnp.int32)
     data = situations.Data(*[(images, labels)] * 3)
@@ -127,7 +110,7 @@ def test_every_method_learns(situations, models, base):
         jax.tree.map(np.testing.assert_array_equal, last, trained.params)
 
 
-def networks(models):
+def networks():
     shape, inputs = (6, 6, 2), jax.random.normal(jax.random.key(1), (5, 6, 6, 2))
     tokens = jax.random.randint(jax.random.key(1), (5, 7), 0, 11)
     return {
@@ -140,9 +123,9 @@ def networks(models):
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "vit", "transformer"])
-def test_networks(models, name):
+def test_networks(name):
     """Shapes, logits of order 1, a gradient everywhere, and examples on their own."""
-    model, inputs, shape = networks(models)[name]
+    model, inputs, shape = networks()[name]
     params = model.init(jax.random.key(0))
     logits = jax.jit(model.apply)(params, inputs)
     assert logits.shape == shape
@@ -155,8 +138,8 @@ def test_networks(models, name):
     assert all(bool(jnp.any(g != 0)) for g in jax.tree.leaves(grads))
 
 
-def test_the_transformer_does_not_see_what_follows(models):
-    model, tokens, _ = networks(models)["transformer"]
+def test_the_transformer_does_not_see_what_follows():
+    model, tokens, _ = networks()["transformer"]
     params = model.init(jax.random.key(0))
     logits, changed = (
         model.apply(params, t) for t in (tokens, tokens.at[:, 4].add(1) % 11)
@@ -166,7 +149,7 @@ def test_the_transformer_does_not_see_what_follows(models):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_patches_are_a_convolution(models, stride):
+def test_patches_are_a_convolution(stride):
     image, kernel = (
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(2, 7, 7, 3), (3, 3, 3, 4)])
@@ -179,9 +162,8 @@ def test_patches_are_a_convolution(models, stride):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_windows_have_the_next_character(benchmarks):
-    transformers = pytest.importorskip("transformer")
-    found = transformers.windows(np.arange(10), 3)
+def test_windows_have_the_next_character():
+    found = transformer.windows(np.arange(10), 3)
     np.testing.assert_array_equal(found, [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9]])
 
 
@@ -194,18 +176,6 @@ SCRIPTS = {
     "uncertainty": (["sgd", "sgd_tempered", "ivon", "ensemble"], ["mlp"]),
     "recurrent": (["adamw", "entropy_adam_noiseless"], ["lstm"]),
 }
-
-
-def start(script, *options):
-    command = [sys.executable, FOLDER / f"{script}.py", *options]
-    return subprocess.run(
-        [str(part) for part in command],
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 def read_lines(folder):
@@ -222,10 +192,9 @@ def read_lines(folder):
 def test_scripts_run_and_resume(script, tmp_path):
     methods, cells = SCRIPTS[script]
     options = ["--smoke", "--seeds", 2, "--methods", ",".join(methods)]
-    options += ["--out", tmp_path / script]
-    done = start(script, *options)
-    assert done.returncode == 0, done.stderr
     folder = tmp_path / script
+    done = start(script, folder, *options)
+    assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "rows.json").read_text())
     names = {f"{cell}/{name}" for cell in cells for name in methods}
     assert len(rows) == 2 * len(names)
@@ -247,7 +216,7 @@ def test_scripts_run_and_resume(script, tmp_path):
     # As if the run had been cut off before its last row was written.
     (folder / "rows.json").write_text(json.dumps(rows[:-1]))
     tried = (folder / "selection" / "rows.json").read_bytes()
-    assert start(script, *options).returncode == 0
+    assert start(script, folder, *options).returncode == 0
     again = json.loads((folder / "rows.json").read_text())
     assert again[:-1] == rows[:-1]
     assert {**again[-1], "seconds": 0} == {**rows[-1], "seconds": 0}
@@ -275,7 +244,7 @@ def test_summary_compares_with_the_better_baseline_of_each_cell(tmp_path):
         ]  # fmt: skip
         (tmp_path / script).mkdir()
         (tmp_path / script / "rows.json").write_text(json.dumps(rows))
-    done = start("summary", "--results", tmp_path, "--out", tmp_path / "summary")
+    done = start("summary", tmp_path / "summary", "--results", tmp_path)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "summary" / "rows.json").read_text())
     gains = np.array([[2.0, 2.5, 2.0], [0.0, 0.5, 1.0]]).mean(0)

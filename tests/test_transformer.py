@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import optax_flat
+from benchmarks import hlo
 
 LAYERS, WIDTH, HEADS, WORDS, LENGTH = 12, 16, 2, 11, 5
 
@@ -75,7 +76,7 @@ def loss(params, words):
 
 
 @pytest.mark.slow
-def test_an_update_of_a_transformer(hlo):
+def test_an_update_of_a_transformer():
     tx = optax_flat.entropy_sgd(1.0, num_steps=4, noise=1e-3, key=0)
     params = init()
     assert len(jax.tree.leaves(params)) == 150

@@ -11,7 +11,7 @@ Measure and limit run in turns, round after round; a ratio is the median of the 
 of the rounds, the first of which is not counted. The objective beside each time is the
 measure's value.
 
-    python benchmarks/flatness_time.py --out out/flatness_time
+    python -m benchmarks.speed.flatness_time
 """
 
 import functools
@@ -22,8 +22,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, random_digits, table, write_table
 
+from benchmarks.harness import (
+    Row,
+    Rows,
+    bars,
+    parser,
+    random_digits,
+    table,
+    write_table,
+)
 from optax_flat import flatness
 
 MEASURES = ("ratio", "objective", "products")

@@ -23,7 +23,7 @@ Memory. XLA's account of each executable: arguments, outputs, temporary buffers.
 The objective beside each time is the mean loss over the minibatches after the update.
 On a CPU most of the script's time goes into ResNet-20 and into what is untouched.
 
-    python benchmarks/step_time.py --out out/step_time
+    python -m benchmarks.speed.step_time
 """
 
 import functools
@@ -39,10 +39,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from cifar_resnet20 import Network
-from harness import COLOURS, Row, Rows, parser, table, write_table
 
 import optax_flat
+from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
+from benchmarks.training.cifar_resnet20 import Network
 from optax_flat.training import fast_convolutions
 
 

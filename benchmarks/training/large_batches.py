@@ -8,17 +8,23 @@ processes as many images as all others.
 
 sgd, adamw, sam, entropy_sgd (walks of five), ema and parle are tuned for every batch.
 `sgd_scaled` is SGD with the settings tuned at the smallest batch, the rate multiplied
-by batch / smallest, which costs no tuning. See situations.py for tuning and intervals.
+by batch / smallest, which costs no tuning. See benchmarks.situations for tuning and
+intervals.
 
-    python benchmarks/large_batches.py --data fashion_mnist.npz
+    python -m benchmarks.training.large_batches --data fashion_mnist.npz
 """
 
 from typing import NamedTuple
 
-import models
-from harness import Images, load_images, random_images
-from situations import Cell, Data, compare, image_task, options_of
-from small_data import CLASSES, SHAPE, prepared
+from benchmarks import models
+from benchmarks.images import CLASSES, SHAPE, prepared_file
+from benchmarks.situations import (
+    Cell,
+    compare,
+    image_data,
+    image_task,
+    options_and_sizes,
+)
 
 METHODS = (
     "sgd", "adamw", "sam", "entropy_sgd_short", "parle", "ema", "sgd_scaled"
@@ -42,27 +48,15 @@ SIZES = {
 }
 
 
-def split(images: Images, sizes: Sizes) -> Data:
-    """The first images to train with, the next ones to tune with."""
-    end = sizes.images + sizes.validation
-    pixels, labels = images.train_images, images.train_labels
-    return Data(
-        (pixels[: sizes.images], labels[: sizes.images]),
-        (pixels[sizes.images : end], labels[sizes.images : end]),
-        (images.test_images, images.test_labels),
-    )
-
-
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=3, name="large_batches").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
-    if options.smoke and not options.data:
-        images, data = random_images((28, 28), 80, 20), "random"
-    else:
-        images = load_images(next(iter(options.data), None))
-        data = options.data[0].name
-    found, w = split(prepared(images), sizes), sizes.width
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=3, name="large_batches"
+    )
+    data, images = prepared_file(options)
+    # The first ones to train with, the next ones to tune with.
+    count, w = sizes.images, sizes.width
+    found = image_data(images, slice(count), slice(count, count + sizes.validation))
     task = image_task(models.cnn(SHAPE, (16 * w, 32 * w), 64 * w, CLASSES))
     smallest = sizes.batches[0]
     cells = [

@@ -8,7 +8,7 @@ second, XLA. `ratio` is XLA's time relative to that of the walk without noise in
 same turn. `instructions_per_leaf` counts those of the optimized program, which do not
 depend on the machine.
 
-    python benchmarks/compile_time.py --out out/compile_time
+    python -m benchmarks.speed.compile_time
 """
 
 import time
@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from harness import Row, Rows, bars, parser, table, write_table
 
 import optax_flat
+from benchmarks.harness import Row, Rows, bars, parser, table, write_table
 
 LEAVES = (300, 3000)
 SMOKE_LEAVES = (4,)

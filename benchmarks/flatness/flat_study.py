@@ -27,11 +27,11 @@ learned than about generalization (they are negative where few were); the test e
 tells that.
 
 Then Kendall's tau between each measure and test error and gaps, and the partial tau
-given the training loss (see correlation.py). The norm of the params and the training
-loss are there for comparison: what they tell needs no measure of flatness. A number
-that is not finite is left out of its row.
+given the training loss (see benchmarks.correlation). The norm of the params and the
+training loss are there for comparison: what they tell needs no measure of flatness. A
+number that is not finite is left out of its row.
 
-    python benchmarks/flat_study.py --data mnist.npz,fashion_mnist.npz
+    python -m benchmarks.flatness.flat_study --data mnist.npz,fashion_mnist.npz
 """
 
 import functools
@@ -42,32 +42,30 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import correlation
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
-import numpy as np
 import optax
-from harness import (
+
+import optax_flat
+from benchmarks import correlation, models
+from benchmarks.harness import (
     COLOURS,
-    Images,
     Row,
     Rows,
+    add_paths,
     averaged_sgd,
-    load_images,
     parser,
-    random_images,
+    shuffled,
     table,
     write_json,
     write_table,
 )
-
-import optax_flat
+from benchmarks.images import CLASSES, Images, load_sets, prepared, wrong_labels
 from optax_flat import flatness
 from optax_flat.training import make_train_step
 
 WALK = 20  # gradients per update of the entropy methods
-CLASSES = 10
 LABELS = {"clean": 0.0, "noisy": 0.4}  # the part of the training labels that is wrong
 FACTORS = (1.0, 0.3)  # of the textbook rates
 TEMPERATURE = 1e-5  # of sgld
@@ -189,26 +187,10 @@ def initial(key: jax.Array, network: str) -> Any:
     ]
 
 
-def patches(x: jax.Array) -> jax.Array:
-    """3x3 patches with stride 2, [B, H, W, C] -> [B, H', W', 9 C].
-
-    Slices, and so a product of matrices behind them.
-    """
-    height, width = (size - 2 for size in x.shape[1:3])
-    corners = itertools.product(range(3), range(3))
-    parts = [x[:, i : i + height : 2, j : j + width : 2] for i, j in corners]
-    return jnp.concatenate(parts, axis=-1)
-
-
 def logits_of(network: str, params: Any, images: jax.Array) -> jax.Array:
-    """[B, 10] of images [B, 14, 14]."""
+    """[B, 10] of images [B, 14, 14, 1]."""
     convolutions = 2 if network == "cnn" else 0
-    x = images[..., None]
-    for i, layer in enumerate(params):
-        x = patches(x) if i < convolutions else x.reshape(len(x), -1)
-        x = x @ layer["kernel"] + layer["bias"]
-        x = x if layer is params[-1] else jnp.tanh(x)
-    return x
+    return models.feed_forward(params, images, convolutions, jnp.tanh)
 
 
 def cross_entropy(network: str, params: Any, batch: Any) -> jax.Array:
@@ -282,16 +264,6 @@ def measure(params, data, key, *, network: str, sizes: Sizes) -> dict[str, Any]:
     }
 
 
-def wrong_labels(labels: np.ndarray, part: float, seed: int) -> np.ndarray:
-    """Replaces a part of the labels by one of the other classes each."""
-    random = np.random.default_rng(seed)
-    count = round(part * len(labels))
-    chosen = random.choice(len(labels), count, replace=False)
-    labels = labels.astype(np.int32)
-    labels[chosen] += random.integers(1, CLASSES, size=count, dtype=np.int32)
-    return labels % CLASSES
-
-
 @functools.cache
 def program(network: str, name: str, shapes: Any) -> Any:
     """`train`, compiled for one network and method."""
@@ -324,11 +296,9 @@ def train_and_measure(run: Run, images: Images, sizes: Sizes, *, seed: int) -> R
     network, name = run.network, run.optimizer
     wrong = wrong_labels(images.train_labels, LABELS[run.labels], seed)
     training = jax.device_put((images.train_images, wrong))
-    test = jax.device_put((images.test_images, images.test_labels.astype(np.int32)))
-    shuffle = np.random.default_rng(seed).permutation
-    epochs = -(-sizes.evaluations * sizes.batch // len(wrong))
-    order = np.concatenate([shuffle(len(wrong)) for _ in range(epochs)])
-    order = order[: sizes.evaluations * sizes.batch].reshape(-1, sizes.batch)
+    test = jax.device_put((images.test_images, images.test_labels))
+    order = shuffled(len(wrong), sizes.evaluations * sizes.batch, seed)
+    order = order.reshape(-1, sizes.batch)
     length = METHODS[name].num_steps
     if name == "nesterov_thirds":  # one minibatch at all points
         order = order[: len(order) // length, None].repeat(length, axis=1)
@@ -433,38 +403,19 @@ def place(row: Row) -> str:
     return f"{row['data'].replace('_', ' ')}, {row['network']}"
 
 
-def prepared(images: Images, sizes: Sizes) -> Images:
-    """The training images that are used, and all averaged and scaled, [N, 14, 14]."""
-    train, test = (
-        x.reshape(len(x), 14, 2, 14, 2).mean(axis=(2, 4), dtype=np.float32)
-        for x in (images.train_images[: sizes.images], images.test_images)
-    )
-    mean, deviation = train.mean(), train.std()
-    labels = images.train_labels[: sizes.images]
-    train, test = ((x - mean) / deviation for x in (train, test))
-    return Images(train, labels, test, images.test_labels)
-
-
 def main() -> None:
     """Runs what is missing, then writes tables, correlations and pictures."""
     options_of = parser(__doc__, METHODS, seeds=3, out="out/flat_study", data=False)
-    options_of.add_argument(
-        "--data",
-        type=lambda text: [Path(part) for part in text.split(",")],
-        default=[None],
-        metavar="FILE,FILE",
-        help=".npz files with the images",
-    )
+    add_paths(options_of)
     options = options_of.parse_args()
-    networks, kinds, factors = LAYERS, LABELS, FACTORS
-    if options.smoke and options.data == [None]:
-        sets = {"random": random_images((28, 28), 100, 50)}
-        networks, kinds, factors = ["mlp"], ["noisy"], [1.0]
-    else:
-        loaded = [(path, load_images(path)) for path in options.data]
-        sets = {path.stem: images for path, images in loaded}
     sizes = SMOKE if options.smoke else Sizes()
-    sets = {name: prepared(images, sizes) for name, images in sets.items()}
+    sets = {
+        Path(name).stem: prepared(images, sizes.images)
+        for name, images in load_sets(options).items()
+    }
+    networks, kinds, factors = LAYERS, LABELS, FACTORS
+    if "random" in sets:
+        networks, kinds, factors = ["mlp"], ["noisy"], [1.0]
     combined = itertools.product(sets, kinds, networks, options.methods, factors)
     runs = {run.name: run for run in itertools.starmap(Run, combined)}
     settings = {

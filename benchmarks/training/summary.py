@@ -9,7 +9,7 @@ intervals without 0, "same" are those with it. Of twenty fields without any effe
 would not be "same" by chance. The tables of the scripts have the cells one by one, and
 all methods.
 
-    python benchmarks/summary.py
+    python -m benchmarks.training.summary
 """
 
 import argparse
@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
-from harness import Row, read_json, write_json, write_table
 from matplotlib.patches import Rectangle
-from situations import interval, verdict
+
+from benchmarks.harness import Row, read_json, write_json, write_table
+from benchmarks.situations import interval, verdict
 
 SHADES = {"better": "#8FD3BF", "worse": "#F2B48C", "same": "#E8E8E8"}
 BASELINES = ("SGD", "Adam(W)")
@@ -134,9 +135,10 @@ def field(
         float(np.mean([of[seed] for of in gains])) for seed in sorted(seeds)
     ])  # fmt: skip
     finite = math.isfinite(low)
+    command = f"python -m benchmarks.training.{situation.script}"
     return {
         "situation": situation.title, "method": name, "unit": situation.unit,
-        "command": f"python benchmarks/{situation.script}.py --data {situation.data}",
+        "command": f"{command} --data {situation.data}",
         "script": situation.script, "measure": situation.measure,
         "gain": mean, "low": low if finite else None, "high": high if finite else None,
         "verdict": "baseline" if is_best else verdict(low, high),

@@ -39,7 +39,7 @@ on components from as many with `--hold-out`, which trains on the first five six
 the training images and measures on the others; those of sgd, nesterov, adam, of the
 thesis and of adam_activity are the usual ones, not tuned.
 
-    python benchmarks/mnist_ensemble.py --data mnist.npz --out out/mnist_ensemble
+    python -m benchmarks.training.mnist_ensemble --data mnist.npz
 """
 
 import functools
@@ -53,19 +53,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import (
-    COLOURS,
-    Images,
-    Row,
-    Rows,
-    load_images,
-    parser,
-    random_images,
-    table,
-    write_table,
-)
 
 import optax_flat
+from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
+from benchmarks.images import Images, load_images, random_images
 from optax_flat.training import make_train_step
 
 PIXELS, CLASSES = 784, 10

@@ -26,28 +26,29 @@ drop.
 Does flatness tell who drops? Every network is trained a second time with a third of its
 rate, so that a method has minima of two kinds, and measured at the end of each run on
 its first 1,000 training images (see `flat`; all so that larger means sharper). Then
-Kendall's tau with the mean drops (correlation.py): across methods, where a bootstrap
-draws methods with both rates and all their seeds, and within, where only runs of the
-same method are compared and it draws runs. Also the partial tau given the training
-loss. ReLU has no second derivative at its kink; the Hessian is that around it.
+Kendall's tau with the mean drops (benchmarks.correlation): across methods, where a
+bootstrap draws methods with both rates and all their seeds, and within, where only runs
+of the same method are compared and it draws runs. Also the partial tau given the
+training loss. ReLU has no second derivative at its kink; the Hessian is that around it.
 
-    python benchmarks/quantize_later.py --data fashion_mnist.npz
+    python -m benchmarks.training.quantize_later --data fashion_mnist.npz
 """
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import correlation
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import COLOURS, Images, Row, Rows, load_images, random_images, write_json
-from situations import (
+
+from benchmarks import correlation
+from benchmarks.harness import COLOURS, Row, Rows, write_json
+from benchmarks.images import prepared_file
+from benchmarks.situations import (
     BASELINES,
     Cell,
     Choice,
@@ -57,13 +58,12 @@ from situations import (
     floats,
     interval,
     measure,
-    options_of,
-    run,
-    side_by_side,
+    options_and_sizes,
+    random_split,
+    run_missing,
     verdict,
 )
-from small_data import networks, prepared
-
+from benchmarks.training.small_data import networks
 from optax_flat import flatness
 
 METHODS = ("sgd", "adamw", "sam", "asam", "entropy_sgd", "ema", "swa", "ivon")
@@ -251,24 +251,13 @@ def slower_runs(
     settings: Mapping[str, Any],
 ) -> Rows:
     """Runs with a third of the chosen rates, in a folder of their own."""
-    rows, lock = Rows(options.out / "slower", settings), threading.Lock()
-
-    def work(seed, cell, name):
-        candidate = choices[cell.name, name].candidate
-        slower = candidate._replace(step=candidate.step - SLOWER)
-        trained, data, row = run(cell, name, slower, seed)
-        row |= cell.report(trained, data)
-        with lock:
-            rows.record(f"{cell.name}/{name}", seed, row)
-
-    runs = [
-        (seed, cell, name)
-        for seed in range(options.seeds)
-        for cell in cells
-        for name in options.methods
-    ]
-    pending = [r for r in runs if (f"{r[1].name}/{r[2]}", r[0]) not in rows]
-    side_by_side(work, pending, "slower")
+    rows = Rows(options.out / "slower", settings)
+    slower = {
+        place: choice.candidate._replace(step=choice.candidate.step - SLOWER)
+        for place, choice in choices.items()
+    }
+    jobs = [(cell, name) for cell in cells for name in options.methods]
+    run_missing(rows, jobs, slower, options.seeds, "slower")
     return rows
 
 
@@ -377,33 +366,19 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def drawn(images: Images, sizes: Sizes, seed: int) -> Data:
-    """Every seed has other images to train with and to tune by."""
-    order = np.random.default_rng(seed).permutation(len(images.train_images))
-    train, validation = np.split(order[: sizes.images + sizes.held_out], [sizes.images])
-    pixels, known = images.train_images, images.train_labels
-    return Data(
-        (pixels[train], known[train]),
-        (pixels[validation], known[validation]),
-        (images.test_images, images.test_labels),
-    )
-
-
 def main() -> None:
     """Runs what is missing, then writes tables, correlations and pictures."""
-    options = options_of(__doc__, METHODS, seeds=5, name="quantize_later").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
-    if options.smoke and not options.data:
-        images, data, chosen = random_images((28, 28), 60, 20), "random", ["mlp"]
-    else:
-        images = load_images(next(iter(options.data), None))
-        data, chosen = options.data[0].name, ["mlp", "cnn"]
-    images, known = prepared(images), networks(sizes.width)
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=5, name="quantize_later"
+    )
+    data, images = prepared_file(options)
+    known = networks(sizes.width)
+    split = functools.partial(random_split, images, sizes.images, sizes.held_out)
     cells = []
-    for network in chosen:
+    for network in ["mlp"] if data == "random" else ["mlp", "cnn"]:
         cell = Cell(
-            network, known[network][0], functools.partial(drawn, images, sizes),
-            sizes.images, sizes.gradients, sizes.batch, measures=MEASURES,
+            network, known[network][0], split, sizes.images, sizes.gradients,
+            sizes.batch, measures=MEASURES,
         )  # fmt: skip
         cells.append(cell._replace(report=functools.partial(report, cell, sizes)))
     settings = {**sizes._asdict(), "data": data, "preset": options.preset}

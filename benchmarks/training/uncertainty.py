@@ -20,13 +20,13 @@ of minibatches of 32, and those with draws average the probabilities of 16:
 * ensemble: four networks of sgd from different starts, each with a quarter of the
   gradients.
 
-The samplers have a normal prior of variance 1, as weight decay. Tuning (situations.py)
-takes what is reported: the NLL of the averaged probabilities, its mean over three draws
-of the images. Measured on all 10,000 test images, all numbers times 100: NLL, Brier
-score (summed over the classes), accuracy, and the expected calibration error (ECE) in
-15 bins of equal width of the largest probability. Unknown images are told from test
-images by the entropy of the averaged probabilities: AUROC for 5,000 MNIST images, and
-for 5,000 of the test images themselves, turned by 90 degrees.
+The samplers have a normal prior of variance 1, as weight decay. Tuning
+(benchmarks.situations) takes what is reported: the NLL of the averaged probabilities,
+its mean over three draws of the images. Measured on all 10,000 test images, all numbers
+times 100: NLL, Brier score (summed over the classes), accuracy, and the expected
+calibration error (ECE) in 15 bins of equal width of the largest probability. Unknown
+images are told from test images by the entropy of the averaged probabilities: AUROC for
+5,000 MNIST images, and for 5,000 of the test images themselves, turned by 90 degrees.
 
 The ECE of a calibrated model is not 0 but of the order (bins / images)^(1/2), since
 every bin adds its sampling error's absolute value. How much that is here is in the rows
@@ -37,7 +37,7 @@ model's own probabilities, under which it is calibrated.
 paper of IVON (arXiv 2402.17641) reports to be worse calibrated. A run that diverged
 says the same of every image: all classes alike.
 
-    python benchmarks/uncertainty.py --data fashion_mnist.npz,mnist.npz
+    python -m benchmarks.training.uncertainty --data fashion_mnist.npz,mnist.npz
 """
 
 import functools
@@ -46,34 +46,41 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import scipy.optimize
 import scipy.stats
-from harness import Images, Row, Rows, load_images, random_images
-from methods import CATALOGUES, Method, Setup, sgd
-from models import Model
-from situations import (
+
+import optax_flat
+from benchmarks import models
+from benchmarks.harness import Row, Rows
+from benchmarks.images import (
+    CLASSES,
+    SHAPE,
+    Images,
+    load_images,
+    prepared,
+    random_images,
+)
+from benchmarks.methods import CATALOGUES, Method, Setup, sgd
+from benchmarks.models import Model
+from benchmarks.situations import (
     Cell,
     Data,
     Trained,
-    averaged,
     compare,
     image_task,
     interval,
-    options_of,
+    options_and_sizes,
+    random_split,
     verdict,
 )
-
-import optax_flat
 from optax_flat import schedules
 
 METHODS = (
     "sgd", "sgd_tempered", "adamw", "sam", "asam", "entropy_sgd", "ema", "swa", "swag",
     "sgld", "cyclical_sgld", "psgld", "sghmc", "ivon", "bsam", "ensemble",
 )  # fmt: skip
-SHAPE, CLASSES = (14, 14, 1), 10
 POINTS = 32  # of a run, where chains may have a draw
 DRAWS = 16
 CYCLES = 4
@@ -336,21 +343,16 @@ def against(rows: Sequence[Row], pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def drawn(images: Images, unknown: Sequence[np.ndarray], sizes: Sizes, seed: int):
-    """Every seed has other images to train with and to tune by."""
-    order = np.random.default_rng(seed).permutation(len(images.train_images))
-    train, validation = np.split(order[: sizes.images + sizes.held_out], [sizes.images])
-    pixels, known = images.train_images, images.train_labels
-    return Data(
-        (pixels[train], known[train]),
-        (pixels[validation], known[validation]),
-        (images.test_images, images.test_labels, *unknown),
-    )
+    """A random split, with the unknown images behind those for testing."""
+    data = random_split(images, sizes.images, sizes.held_out, seed)
+    return data._replace(test=(*data.test, *unknown))
 
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=5, name="uncertainty").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=5, name="uncertainty"
+    )
     if options.smoke and not options.data:
         known, other = (random_images((28, 28), 60, 20) for _ in range(2))
         data = ["random"]
@@ -358,14 +360,10 @@ def main() -> None:
         paths = [*options.data, None, None][:2]
         known, other = map(load_images, paths)
         data = [path.name for path in options.data]
-    train, test, unknown = map(
-        averaged, (known.train_images, known.test_images, other.test_images)
-    )
-    mean, deviation = train.mean(), train.std()
-    train, test, unknown = ((x - mean) / deviation for x in (train, test, unknown))
-    labels = (x.astype(np.int32) for x in (known.train_labels, known.test_labels))
-    images = Images(train, next(labels), test, next(labels))
-    rotated = np.rot90(test, axes=(1, 2))
+    images = prepared(known)
+    # Scaled like the known ones.
+    unknown = prepared(known._replace(test_images=other.test_images)).test_images
+    rotated = np.rot90(images.test_images, axes=(1, 2))
     others = [np.ascontiguousarray(x[: sizes.unknown]) for x in (unknown, rotated)]
     model = models.mlp(SHAPE, (sizes.width, sizes.width), CLASSES)
     cell = Cell(

@@ -13,20 +13,25 @@ right ones. Pixels are averaged in squares of 2x2. The networks:
 
 For the first two the methods that have an optimizer inside have SGD with momentum, for
 the ViT AdamW. Every run spends 4,000 gradients of minibatches of 32, 25 passes, and is
-measured at its end. See situations.py for tuning and intervals.
+measured at its end. See benchmarks.situations for tuning and intervals.
 
-    python benchmarks/noisy_labels.py --data fashion_mnist.npz
+    python -m benchmarks.training.noisy_labels --data fashion_mnist.npz
 """
 
 import functools
 import itertools
 from typing import Any, NamedTuple
 
-import models
-from flat_study import wrong_labels
-from harness import Images, load_images, random_images
-from situations import Cell, Data, compare, image_task, options_of
-from small_data import CLASSES, SHAPE, prepared
+from benchmarks import models
+from benchmarks.images import CLASSES, SHAPE, Images, prepared_file, wrong_labels
+from benchmarks.situations import (
+    Cell,
+    Data,
+    compare,
+    image_data,
+    image_task,
+    options_and_sizes,
+)
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "ivon"
@@ -63,25 +68,19 @@ def networks(width: int) -> dict[str, tuple[Any, str]]:
 
 def spoilt(images: Images, count: int, percent: int, seed: int) -> Data:
     """The first images to train with and as many to tune with, some labels wrong."""
-    pixels = images.train_images
     labels = wrong_labels(images.train_labels[: 2 * count], percent / 100, seed)
-    return Data(
-        (pixels[:count], labels[:count]),
-        (pixels[count : 2 * count], labels[count:]),
-        (images.test_images, images.test_labels),
-    )
+    images = images._replace(train_labels=labels)
+    return image_data(images, slice(count), slice(count, 2 * count))
 
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=3, name="noisy_labels").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
-    if options.smoke and not options.data:
-        images, data, chosen = random_images((28, 28), 80, 20), "random", ["mlp"]
-    else:
-        images = load_images(next(iter(options.data), None))
-        data, chosen = options.data[0].name, ["mlp", "resnet", "vit"]
-    images, known = prepared(images), networks(sizes.width)
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=3, name="noisy_labels"
+    )
+    data, images = prepared_file(options)
+    known = networks(sizes.width)
+    chosen = ["mlp"] if data == "random" else known
     cells = [
         Cell(
             f"{network}-{percent}", known[network][0],

@@ -10,20 +10,20 @@ The minimum is what the algorithm cannot do without while its update runs: the p
 what it remembers between updates, and what it makes from a gradient g on. In scanned
 mode Entropy-SGD needs x, the walk's point and its mean, and the gradient.
 
-    python benchmarks/memory.py --out out/memory
+    python -m benchmarks.speed.memory
 """
 
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
 import optax
-from harness import Row, Rows, bars, parser, table, write_table
 
 import optax_flat
+from benchmarks import hlo
+from benchmarks.harness import Row, Rows, bars, parser, table, write_table
 
 MEASURES = ("peak", "minimum", "ratio_to_minimum", "state", "donated_percent")
 LENGTH = 20  # gradients of a walk

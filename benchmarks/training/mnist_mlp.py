@@ -23,8 +23,8 @@ Evaluation uses the running averages of the batch statistics, which move in the 
 pass of each update. The error is the test error at the end of the budget, not at its
 best moment; train_loss is the loss on all training images then, without dropout.
 
-    python benchmarks/mnist_mlp.py --data mnist.npz --select --out out/mnist_mlp
-    python benchmarks/mnist_mlp.py --data mnist.npz --out out/mnist_mlp
+    python -m benchmarks.training.mnist_mlp --data mnist.npz --select
+    python -m benchmarks.training.mnist_mlp --data mnist.npz
 """
 
 import functools
@@ -37,23 +37,20 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from harness import (
-    Images,
+
+import optax_flat
+from benchmarks.harness import (
     Row,
     Rows,
     curves,
     falling,
-    hold_out,
-    load_images,
     parser,
-    random_images,
     read_json,
     select,
     table,
     write_table,
 )
-
-import optax_flat
+from benchmarks.images import Images, hold_out, load_images, random_images
 from optax_flat.training import History, make_train_step
 
 WALK = 20  # L

@@ -12,7 +12,7 @@ Fashion-MNIST, 2,000 of CIFAR-10) have right ones. Pixels are averaged in square
 Every run spends the same number of gradients of minibatches of 32, in the same order
 for all methods. Those of two gradients per update take both of one minibatch, so they
 make half as many updates and see the first half of the minibatches. Rates fall to 0 by
-a cosine, but for swa, see `harness.averaged_sgd`; there is no weight decay.
+a cosine, but for swa, see `averaged_sgd`; there is no weight decay.
 
 Every method has four candidates for its settings (see `METHODS`): four rates, or two
 rates and two values of a second setting. For each data set and part of wrong labels all
@@ -33,7 +33,7 @@ Tables: mean and standard error over the seeds. A star: the difference from sgd,
 seed, has a 95 % interval (Student's t) without 0. Of twenty differences one would have
 a star by chance.
 
-    python benchmarks/label_noise.py --data fashion_mnist.npz,cifar10_small.npz
+    python -m benchmarks.training.label_noise --data fashion_mnist.npz,cifar10_small.npz
 """
 
 import functools
@@ -49,25 +49,24 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 import scipy.stats
-from flat_study import patches, wrong_labels
-from harness import (
-    COLOURS,
-    SELECTION_SEED,
-    Images,
-    Row,
-    Rows,
-    averaged_sgd,
-    load_images,
-    parser,
-    random_images,
-    write_table,
-)
 
 import optax_flat
+from benchmarks import models
+from benchmarks.harness import (
+    COLOURS,
+    SELECTION_SEED,
+    Row,
+    Rows,
+    add_paths,
+    averaged_sgd,
+    parser,
+    shuffled,
+    write_table,
+)
+from benchmarks.images import CLASSES, Images, load_sets, prepared, wrong_labels
 from optax_flat.training import make_train_step
 
 WALK = 20  # gradients per update of Entropy-SGD
-CLASSES = 10
 PERCENT = (0, 20, 40, 60, 80)  # of the labels are wrong
 WHEN = {"end": "at the end", "best": "at the best moment by validation"}
 
@@ -184,24 +183,14 @@ LAYERS = {  # shapes of the kernels, for images of 14x14 and of 16x16x3
 def initial(key: jax.Array, network: str) -> Any:
     """Normal kernels of variance 2 over the number of inputs; no biases."""
     keys = jax.random.split(key, len(LAYERS[network]))
-    return [
-        {
-            "kernel": jax.random.normal(key, shape) * (2 / shape[0]) ** 0.5,
-            "bias": jnp.zeros(shape[1]),
-        }
-        for key, shape in zip(keys, LAYERS[network], strict=True)
-    ]
+    layers = zip(keys, LAYERS[network], strict=True)
+    return [models.dense(key, *shape, gain=2.0) for key, shape in layers]
 
 
 def logits_of(network: str, params: Any, images: jax.Array) -> jax.Array:
     """[B, 10] of images [B, 14, 14, 1] or [B, 16, 16, 3]."""
     convolutions = 2 if network == "cnn" else 0
-    x = images
-    for i, layer in enumerate(params):
-        x = patches(x) if i < convolutions else x.reshape(len(x), -1)
-        x = x @ layer["kernel"] + layer["bias"]
-        x = x if layer is params[-1] else jax.nn.relu(x)
-    return x
+    return models.feed_forward(params, images, convolutions, jax.nn.relu)
 
 
 def accuracy(network: str, params: Any, images: jax.Array, labels: jax.Array):
@@ -267,23 +256,6 @@ class Run(NamedTuple):
         return f"{self.data}-{self.percent}/{self.optimizer}"
 
 
-def prepared(images: Images, sizes: Sizes) -> Images:
-    """Pixels averaged and scaled: the images to train and validate with, and to test.
-
-    Returns:
-      Images float32, [N, 14, 14, 1] or [N, 16, 16, 3].
-    """
-    count = sizes.images + sizes.validation
-    train, test = (
-        x.reshape(len(x), x.shape[1] // 2, 2, x.shape[2] // 2, 2, -1)
-        .mean(axis=(2, 4), dtype=np.float32)
-        for x in (images.train_images[:count], images.test_images)
-    )  # fmt: skip
-    mean, deviation = train.mean(), train.std()
-    train, test = ((x - mean) / deviation for x in (train, test))
-    return Images(train, images.train_labels[:count], test, images.test_labels)
-
-
 def curves_of(
     run: Run, candidate: Candidate, images: Images, sizes: Sizes, *, seed: int
 ) -> Row:
@@ -296,12 +268,10 @@ def curves_of(
         tuple(x[part] for x in known)
         for part in (slice(sizes.images), slice(sizes.images, None))
     )
-    test = (images.test_images, images.test_labels.astype(np.int32))
+    test = (images.test_images, images.test_labels)
 
     budget = sizes.moments * sizes.evaluations
-    shuffle = np.random.default_rng(seed).permutation
-    epochs = -(-budget * sizes.batch // sizes.images)
-    order = np.concatenate([shuffle(sizes.images) for _ in range(epochs)])
+    order = shuffled(sizes.images, budget * sizes.batch, seed)
     updates = sizes.evaluations // method.num_steps
     each = 1 if method.one_minibatch else method.num_steps  # minibatches
     order = order[: sizes.moments * updates * each * sizes.batch]
@@ -479,23 +449,14 @@ def picture(rows: Sequence[Row], path: Path) -> None:
 def main() -> None:
     """Runs what is missing, then writes tables and a picture."""
     options_of = parser(__doc__, METHODS, seeds=5, out="out/label_noise", data=False)
-    options_of.add_argument(
-        "--data",
-        type=lambda text: [Path(part) for part in text.split(",")],
-        default=[None],
-        metavar="FILE,FILE",
-        help=".npz files with the images",
-    )
+    add_paths(options_of)
     options = options_of.parse_args()
-    percents = PERCENT
-    if options.smoke and options.data == [None]:
-        sets = {"random": random_images((28, 28), 60, 20)}
-        percents = (40,)
-    else:
-        loaded = [(path, load_images(path)) for path in options.data]
-        sets = {path.stem: images for path, images in loaded}
     sizes = SMOKE if options.smoke else Sizes()
-    sets = {name: prepared(images, sizes) for name, images in sets.items()}
+    sets = {
+        Path(name).stem: prepared(images, sizes.images + sizes.validation)
+        for name, images in load_sets(options).items()
+    }
+    percents = (40,) if "random" in sets else PERCENT
     combined = itertools.product(sets, percents, options.methods)
     runs = {run.name: run for run in itertools.starmap(Run, combined)}
     settings = {**sizes._asdict(), "data": list(sets)}

@@ -13,7 +13,7 @@ the History, which is written in a thousandth of the time. `half written` counts
 that left a part of a checkpoint on the disk. The line `forgetful` is a control: it
 does not restore the optimizer state, and this must be found.
 
-    python benchmarks/kills.py --out out/kills
+    python -m benchmarks.faults.kills
 """
 
 import enum
@@ -35,10 +35,10 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint, digest
-from harness import COLOURS, COSTS, Row, Rows, parser, table, write_table
 
 import optax_flat
+from benchmarks.checkpoint import Checkpoint, digest
+from benchmarks.harness import COLOURS, COSTS, Row, Rows, parser, table, write_table
 from optax_flat.training import History, make_train_step
 
 LENGTH = 4  # gradients of a walk

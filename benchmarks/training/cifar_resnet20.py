@@ -32,7 +32,7 @@ end. Curves of loss and temperature have one point per 13 gradients, their mean;
 have one per epoch. A run whose loss becomes NaN counts as guessing, 90 % error; in its
 row `diverged_at` says after how many gradients; curves end with the epoch before.
 
-    python benchmarks/cifar_resnet20.py --data cifar10.npz --out out/cifar_resnet20
+    python -m benchmarks.training.cifar_resnet20 --data cifar10.npz
 
 A run that was cut off goes on at the epoch where it was.
 """
@@ -48,23 +48,13 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint, checkpointed
 from flax import linen as nn
-from harness import (
-    COLOURS,
-    Images,
-    Row,
-    Rows,
-    falling,
-    load_images,
-    parser,
-    random_images,
-    table,
-    write_table,
-)
 from tqdm.auto import tqdm
 
 import optax_flat
+from benchmarks.checkpoint import Checkpoint, checkpointed
+from benchmarks.harness import COLOURS, Row, Rows, falling, parser, table, write_table
+from benchmarks.images import Images, load_images, random_images
 from optax_flat import schedules
 from optax_flat.training import make_train_step
 

@@ -11,7 +11,7 @@ All programs run in turns, round after round; a ratio is the median of the ratio
 the rounds, the first two of which are not counted. The objective beside each time is
 the loss after the last update.
 
-    python benchmarks/ensemble_time.py --out out/ensemble_time
+    python -m benchmarks.speed.ensemble_time
 """
 
 import time
@@ -21,9 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, random_digits, table, write_table
 
 import optax_flat
+from benchmarks.harness import (
+    Row,
+    Rows,
+    bars,
+    parser,
+    random_digits,
+    table,
+    write_table,
+)
 
 REFERENCE = "forward_and_products"
 METHODS = (

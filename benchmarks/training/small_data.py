@@ -12,24 +12,31 @@ all 10,000. Pixels are averaged in squares of 2x2. The networks:
 
 For the first two the methods that have an optimizer inside have SGD with momentum, for
 the ViT AdamW. Every run spends the same number of gradients of minibatches of 16,
-whatever n is. See situations.py for tuning and intervals.
+whatever n is. See benchmarks.situations for tuning and intervals.
 
-    python benchmarks/small_data.py --data fashion_mnist.npz
+    python -m benchmarks.training.small_data --data fashion_mnist.npz
 """
 
 import functools
 import itertools
 from typing import Any, NamedTuple
 
-import models
 import numpy as np
-from harness import Images, load_images, random_images
-from situations import Cell, Data, averaged, compare, image_task, options_of
+
+from benchmarks import models
+from benchmarks.images import CLASSES, SHAPE, Images, prepared_file
+from benchmarks.situations import (
+    Cell,
+    Data,
+    compare,
+    image_data,
+    image_task,
+    options_and_sizes,
+)
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "swa", "ivon"
 )  # fmt: skip
-SHAPE, CLASSES = (14, 14, 1), 10
 
 
 class Sizes(NamedTuple):
@@ -68,33 +75,17 @@ def drawn(images: Images, labels: int, most: int, seed: int) -> Data:
     count = len(images.train_images)
     order = np.random.default_rng(seed).permutation(count)
     train, validation = order[:most], order[labels : labels + labels // 4]
-    pixels, known = images.train_images, images.train_labels
-    return Data(
-        (pixels[train], known[train]),
-        (pixels[validation], known[validation]),
-        (images.test_images, images.test_labels),
-    )
-
-
-def prepared(images: Images) -> Images:
-    """Averaged, and scaled with the mean and deviation of all training pixels."""
-    train, test = averaged(images.train_images), averaged(images.test_images)
-    mean, deviation = train.mean(), train.std()
-    train, test = ((x - mean) / deviation for x in (train, test))
-    labels = (x.astype(np.int32) for x in (images.train_labels, images.test_labels))
-    return Images(train, next(labels), test, next(labels))
+    return image_data(images, train, validation)
 
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=5, name="small_data").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
-    if options.smoke and not options.data:
-        images, data, chosen = random_images((28, 28), 60, 20), "random", ["mlp"]
-    else:
-        images = load_images(next(iter(options.data), None))
-        data, chosen = options.data[0].name, ["mlp", "cnn", "vit"]
-    images, known = prepared(images), networks(sizes.width)
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=5, name="small_data"
+    )
+    data, images = prepared_file(options)
+    known = networks(sizes.width)
+    chosen = ["mlp"] if data == "random" else known
     cells = [
         Cell(
             f"{network}-{labels}", known[network][0],

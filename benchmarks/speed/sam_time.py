@@ -15,7 +15,7 @@ pytorch_optimizer on the same network, in eager PyTorch; it is measured if both 
 installed (pip install torch pytorch_optimizer) and left out if not. The objective is
 the mean loss over the minibatches after the updates.
 
-    python benchmarks/sam_time.py
+    python -m benchmarks.speed.sam_time
 """
 
 import importlib.util
@@ -27,10 +27,10 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from harness import COLOURS, Rows, parser, table, write_table
-from step_time import SMOKE, Sizes, loss, objective, problem
 
 import optax_flat
+from benchmarks.harness import COLOURS, Rows, parser, table, write_table
+from benchmarks.speed.step_time import SMOKE, Sizes, loss, objective, problem
 from optax_flat._core.noise import draw
 
 RATE = 0.1

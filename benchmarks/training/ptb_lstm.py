@@ -41,7 +41,7 @@ has the steps of the walk and the jump at its end. A run whose loss becomes NaN 
 infinite is ended and has no perplexities; its row says in `diverged_at` after how many
 gradients.
 
-    python benchmarks/ptb_lstm.py --data DIR --out out/ptb_lstm
+    python -m benchmarks.training.ptb_lstm --data DIR
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line. A run that
 was cut off goes on at the quarter of an epoch where it was.
@@ -58,11 +58,11 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
-from checkpoint import Checkpoint, checkpointed
-from harness import COLOURS, Row, Rows, parser, table, write_table
 from tqdm.auto import tqdm
 
 import optax_flat
+from benchmarks.checkpoint import Checkpoint, checkpointed
+from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
 from optax_flat import schedules
 
 WALK = 5  # L
@@ -197,18 +197,17 @@ def streams(words: np.ndarray, batch: int) -> jax.Array:
     return jnp.asarray(words[: length * batch].reshape(batch, length).T)
 
 
-def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
-    """Parameters, uniform in (-0.1, 0.1)."""
-    layer = {
+def layer_shapes(width: int) -> dict[str, tuple[int, ...]]:
+    """Those of the params of `lstm`."""
+    return {
         "input": (width, 4 * width),
         "hidden": (width, 4 * width),
         "bias": (4 * width,),
     }
-    shapes = {
-        "embedding": (vocabulary, width),
-        "layers": [layer] * LAYERS,
-        "output": {"kernel": (width, vocabulary), "bias": (vocabulary,)},
-    }
+
+
+def uniform(key: jax.Array, shapes: Any) -> Any:
+    """Params of these shapes, uniform in (-0.1, 0.1)."""
     like = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
         shapes,
@@ -216,6 +215,16 @@ def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
     )
     draw = functools.partial(jax.random.uniform, minval=-0.1, maxval=0.1)
     return optax.tree.random_like(key, like, draw)
+
+
+def initial(key: jax.Array, vocabulary: int, width: int) -> Any:
+    """The params at the start."""
+    shapes = {
+        "embedding": (vocabulary, width),
+        "layers": [layer_shapes(width)] * LAYERS,
+        "output": {"kernel": (width, vocabulary), "bias": (vocabulary,)},
+    }
+    return uniform(key, shapes)
 
 
 def lstm(layer, state, x):

@@ -10,10 +10,10 @@
   test images, in percent. No augmentation.
 
 Methods that have an optimizer inside have AdamW. Every run spends the same number of
-gradients, 2,000 by default, at batch 16 (chars) or 32 (vit). See situations.py for
-tuning and intervals.
+gradients, 2,000 by default, at batch 16 (chars) or 32 (vit). See benchmarks.situations
+for tuning and intervals.
 
-    python benchmarks/transformer.py --data DIR,cifar10_small.npz
+    python -m benchmarks.training.transformer --data DIR,cifar10_small.npz
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt.
 """
@@ -23,19 +23,26 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
-from harness import Images, load_images, random_images
-from models import Model
-from ptb_lstm import TEXTS
-from situations import Cell, Data, Task, averaged, compare, image_task, options_of
+
+from benchmarks import models
+from benchmarks.images import CLASSES, Images, averaged, load_images, random_images
+from benchmarks.models import Model
+from benchmarks.situations import (
+    Cell,
+    Data,
+    Task,
+    compare,
+    image_task,
+    options_and_sizes,
+)
+from benchmarks.training.ptb_lstm import TEXTS
 
 METHODS = (
     "sgd", "adamw", "sam", "asam", "entropy_adam", "ema", "lawa", "swa", "ivon",
     "coolmomentum",
 )  # fmt: skip
-CLASSES = 10
 
 
 class Sizes(NamedTuple):
@@ -142,8 +149,9 @@ def vit(images: Images, sizes: Sizes) -> Cell:
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=3, name="transformer").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=3, name="transformer"
+    )
     cells: list[Any] = []
     if options.smoke and not options.data:
         cells.append(chars(*random_characters(sizes), sizes))

@@ -16,7 +16,7 @@ timed. A ratio is the median of the ratios of the rounds, the first three of whi
 not counted. The objective beside each time is the mean of x^2 / 2 at the end; the
 references make more updates than the others.
 
-    python benchmarks/update_time.py --out out/update_time
+    python -m benchmarks.speed.update_time
 """
 
 import time
@@ -28,9 +28,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, bars, parser, table, write_table
 
 import optax_flat
+from benchmarks.harness import Row, Rows, bars, parser, table, write_table
 
 REFERENCES = ("sgd_momentum", "sgd")
 MEASURES = ("ratio_to_sgd_momentum", "ratio_to_sgd", "objective")

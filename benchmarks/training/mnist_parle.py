@@ -23,8 +23,8 @@ replica_error_percent is that of the replicas by themselves, on average. `messag
 counts how often the replicas exchange their params. The seconds are those of all
 replicas on one device.
 
-    python benchmarks/mnist_parle.py --data mnist.npz --select --out out/mnist_parle
-    python benchmarks/mnist_parle.py --data mnist.npz --out out/mnist_parle
+    python -m benchmarks.training.mnist_parle --data mnist.npz --select
+    python -m benchmarks.training.mnist_parle --data mnist.npz
 """
 
 import functools
@@ -35,23 +35,20 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from harness import (
-    Images,
+
+import optax_flat
+from benchmarks.harness import (
     Row,
     Rows,
     curves,
     falling,
-    hold_out,
-    load_images,
     parser,
-    random_images,
     read_json,
     select,
     table,
     write_table,
 )
-
-import optax_flat
+from benchmarks.images import Images, hold_out, load_images, random_images
 from optax_flat.training import make_train_step
 
 WALK = 25  # L

@@ -4,7 +4,7 @@ Each row is a number of examples, made by hypothesis from one seed, for one meth
 update that is finite and of the right structure, a ValueError or TypeError of the
 library, or a failure, which is anything else.
 
-    python benchmarks/odd_input.py
+    python -m benchmarks.faults.odd_input
 """
 
 import sys
@@ -12,10 +12,11 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import harness
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from benchmarks import harness
+
+sys.path.append(str(Path(__file__).parents[2] / "tests"))
 
 import generated
 from catalogue import METHODS

@@ -7,7 +7,7 @@ summed over the words of a window and averaged over the windows, and every gradi
 every method is clipped to the norm 5, as in the paper of the LSTM (Zaremba et al.,
 arXiv 1409.2329) that ptb_lstm.py trains in full size. All methods spend 1,000
 gradients, half a pass over the text, and are tuned by the perplexity of the validation
-text (situations.py); those that have an optimizer inside have AdamW. A run that
+text (benchmarks.situations); those that have an optimizer inside have AdamW. A run that
 diverged has the perplexity of all words alike.
 
 Entropy-Adam's noise. A coordinate without gradients, such as the embedding of a word
@@ -25,13 +25,12 @@ and half the gradients. The embedding has 50 more rows than there are words.
   twice that of the dead rows, so that their noise is larger than their signal;
 * validation perplexity.
 
-    python benchmarks/recurrent.py --data DIR
+    python -m benchmarks.training.recurrent --data DIR
 
 DIR has ptb.train.txt, ptb.valid.txt and ptb.test.txt, one sentence per line.
 """
 
 import functools
-import threading
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -40,21 +39,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from harness import Row, Rows, table
-from methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
-from ptb_lstm import Text, load_text, lstm, random_text
-from situations import (
+
+import optax_flat
+from benchmarks.harness import Row, Rows, table
+from benchmarks.methods import CATALOGUES, SHORT_WALK, Setup, entropy_adam
+from benchmarks.situations import (
     Cell,
     Data,
     Task,
     compare,
     measure,
-    options_of,
+    options_and_sizes,
     ordered,
     side_by_side,
 )
-
-import optax_flat
+from benchmarks.training.ptb_lstm import (
+    Text,
+    layer_shapes,
+    load_text,
+    lstm,
+    random_text,
+    uniform,
+)
 from optax_flat.training import make_train_step
 
 CLIP = 5.0
@@ -120,20 +126,10 @@ def words_task(sizes: Sizes, spare: int = 0) -> Task:
     def init(key):
         shapes = {
             "embedding": (words + spare, width),
-            "layer": {
-                "input": (width, 4 * width),
-                "hidden": (width, 4 * width),
-                "bias": (4 * width,),
-            },
+            "layer": layer_shapes(width),
             "output": {"kernel": (width, words), "bias": (words,)},
         }
-        like = jax.tree.map(
-            lambda shape: jax.ShapeDtypeStruct(shape, jnp.float32),
-            shapes,
-            is_leaf=lambda node: isinstance(node, tuple),
-        )
-        draw = functools.partial(jax.random.uniform, minval=-0.1, maxval=0.1)
-        return optax.tree.random_like(key, like, draw)
+        return uniform(key, shapes)
 
     def loss(params, windows):
         params = clipped(params)
@@ -235,7 +231,6 @@ def noise_study(
     cells: Sequence[tuple[Cell, Sizes, Walks]], seeds: int, rows: Rows
 ) -> str:
     """Runs what is missing, in a folder of its own; a table."""
-    lock = threading.Lock()
     jobs = {
         f"{cell.name}, noise {walk[0]:g}, eps {walk[1]:g}": (cell, sizes, walk)
         for cell, sizes, walks in cells
@@ -243,9 +238,7 @@ def noise_study(
     }
 
     def work(name, seed):
-        row = noise_row(*jobs[name], seed)
-        with lock:
-            rows.record(name, seed, row)
+        rows.record(name, seed, noise_row(*jobs[name], seed))
 
     runs = [(name, seed) for seed in range(seeds) for name in jobs]
     side_by_side(work, [pair for pair in runs if pair not in rows], "noise")
@@ -265,8 +258,9 @@ def cell_of(name: str, text: Text, sizes: Sizes, *, spare: int = 0) -> Cell:
 
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
-    options = options_of(__doc__, METHODS, seeds=3, name="recurrent").parse_args()
-    sizes = SIZES["smoke" if options.smoke else options.preset]
+    options, sizes = options_and_sizes(
+        __doc__, METHODS, SIZES, seeds=3, name="recurrent"
+    )
     if options.smoke and not options.data:
         text, data = random_text(), "random"
     else:

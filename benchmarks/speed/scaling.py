@@ -17,7 +17,7 @@ counts what is not a matrix product:
 
     time = flops / R + sum over all-reduces of (2 (n - 1) / n bytes / B + 2 (n - 1) l)
 
-    python benchmarks/scaling.py --out out/scaling
+    python -m benchmarks.speed.scaling
 """
 
 import os
@@ -30,14 +30,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hlo
 import jax
 import matplotlib.pyplot as plt
 import optax
-from harness import COLOURS, Row, Rows, parser, random_digits, table, write_table
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optax_flat
+from benchmarks import hlo
+from benchmarks.harness import (
+    COLOURS,
+    Row,
+    Rows,
+    parser,
+    random_digits,
+    table,
+    write_table,
+)
 
 MEASURES = (
     "devices",

@@ -1,0 +1,1 @@
+"""What odd input and killed processes do."""

@@ -1,0 +1,1 @@
+"""What flatness tells of generalization."""

@@ -1,0 +1,1 @@
+"""What methods cost: time, memory, compilation, and on several devices."""

@@ -1,0 +1,1 @@
+"""What comes of training: each script a situation in which methods are compared."""
