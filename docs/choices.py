@@ -82,7 +82,11 @@ SITUATIONS = (
         "optax_flat.gsam(outer, rho=0.05, alpha=0.2)",
         "2",
         "methods/sam.md",
-        "with 40 % wrong labels " + both(40, "gsam"),
+        "with 40 % wrong labels and no weight decay "
+        + both(40, "gsam")
+        + '; SAM [{{ results("noisy_labels").ahead("mlp-40/sam", "mlp-40/sgd", '
+        '"accuracy") }} over SGD whose weight decay is tuned](results/noisy_labels.md)'
+        ": tune that first",
         labels(40, "gsam"),
     ),
     Situation(
@@ -90,7 +94,7 @@ SITUATIONS = (
         "optax_flat.ivon(0.1, ess=50_000, key=0)",
         "1",
         "methods/posteriors.md",
-        "with 40 % wrong labels " + both(40, "ivon"),
+        "with 40 % wrong labels and no weight decay " + both(40, "ivon"),
         labels(40, "ivon"),
     ),
     Situation(

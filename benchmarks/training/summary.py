@@ -48,18 +48,19 @@ class Situation(NamedTuple):
     measure: str
     unit: str
     sign: int = 1  # -1, if less is more
-    cells: str = ""  # the beginning or the end of the names of those that count
+    # The beginnings or ends of the names of those that count.
+    cells: str | tuple[str, ...] = ""
 
 
 FASHION = "fashion_mnist.npz"
 SITUATIONS = (
     Situation(
-        "40 % wrong labels, MLP and CNN", "label_noise",
+        "40 % wrong labels, MLP and CNN, no weight decay", "label_noise",
         f"{FASHION},cifar10_small.npz", "end_accuracy", "%", cells="-40",
     ),
     Situation(
-        "40 % wrong labels, ResNet and ViT", "noisy_labels", FASHION, "accuracy", "%",
-        cells="-40",
+        "40 % wrong labels, MLP, ResNet, ViT", "noisy_labels", FASHION, "accuracy",
+        "%", cells="-40",
     ),
     Situation("100 to 3,000 labels", "small_data", FASHION, "accuracy", "%"),
     Situation(
@@ -69,6 +70,10 @@ SITUATIONS = (
     Situation(
         "Transformer on text", "transformer", "DIR,cifar10_small.npz", "bits",
         "bits per character", -1, "chars",
+    ),
+    Situation(
+        "batches of 2,048 and 4,096", "large_batches", FASHION, "accuracy", "%",
+        cells=("batch-2048", "batch-4096"),
     ),
     Situation("LSTM on text", "recurrent", "DIR", "perplexity", "perplexity", -1),
     Situation("weights in 4 bits", "quantize_later", FASHION, "tensor_4_bits", "%"),
