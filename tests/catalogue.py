@@ -24,6 +24,8 @@ PLAIN = ("plain",)  # one gradient per update, which stands on the params themse
 # One of each kind of state: a plain walk, one that may end early, params that stand off
 # their anchor, noise in the state, replicas.
 KINDS_OF_WALKS = {"entropy_sgd", "looksam", "momentum_sam", "ivon", "parle"}
+# Tried in transparent mode as well as scanned: params on a walk, params on a draw.
+BOTH_MODES = {"entropy_sgd", "ivon"}
 
 
 class Quadratic(NamedTuple):
@@ -75,12 +77,12 @@ class Method(NamedTuple):
     @property
     def tried(self) -> tuple[str, ...]:
         """The modes that most tests try; `test_modes_agree` compares all of them."""
-        return self.modes[:1] if self.shares_engine else self.modes
+        return self.modes if self.name in BOTH_MODES else self.modes[:1]
 
     def is_tried(self, mode: str) -> bool:
         """Whether `make test` tries its engine in a mode: one walk of each kind."""
-        is_walk = mode in WALK_MODES
-        return not self.shares_engine and (not is_walk or self.name in KINDS_OF_WALKS)
+        is_kind = mode not in WALK_MODES or self.name in KINDS_OF_WALKS
+        return not self.shares_engine and is_kind and mode in self.tried
 
     @property
     def has_key(self) -> bool:

@@ -143,7 +143,9 @@ INNER_CASES = [
     ("sgd", "plain", 1),
     ("adam", "plain", 1),
     *(
-        (name, mode, 3)
+        pytest.param(
+            name, mode, 3, marks=() if name == "entropy_sgd" else pytest.mark.slow
+        )
         for name in ("entropy_sgd", "nesterov", "parle")
         for mode in ("scanned", "transparent")
     ),

@@ -60,7 +60,7 @@ def numbers(row):
 
 
 # Each script in `make test-all`; here those that show most of the common mechanism.
-QUICK = ("update_time", "sam_time", "scaling")
+QUICK = ("update_time", "scaling")
 
 
 @pytest.mark.parametrize(

@@ -460,7 +460,14 @@ LOOPS = {
 }
 
 
-@pytest.mark.parametrize("name", LOOPS)
+# The other measures evaluate their products as `hvp` and `trace` do.
+SLOW = {"frobenius_norm", "spectral_density", "top_eigenvalues", "m_sharpness"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LOOPS],
+)
 def test_loops_have_the_fast_layout_only(name):
     """XLA leaves convolutions in loops as they are; one argument shows it."""
     fast, plain = (

@@ -42,6 +42,7 @@ CASES = [
     for mode in method.modes
 ]  # fmt: skip
 SLOW = pytest.mark.slow
+EXPLICIT = {"entropy_sgd-scanned", "ivon-transparent", "ensemble_kalman-forward"}
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
     ("method", "mode"),
@@ -123,8 +124,17 @@ def assert_sharded(tree, mesh):
     return found
 
 
-@every_case
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("method", "mode", "kind"),
+    [
+        pytest.param(
+            *case.values, kind, id=f"{kind}-{case.id}",
+            marks=case.marks if kind == "Auto" or case.id in EXPLICIT else SLOW,
+        )
+        for case in CASES
+        for kind in ("Auto", "Explicit")
+    ],
+)  # fmt: skip
 def test_meshes(method, mode, kind):
     """`jit` does the rest: state and params stay where they are, the noise its own."""
     mesh = jax.make_mesh((4, 2), AXES, axis_types=(AxisType[kind],) * 2)

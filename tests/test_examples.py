@@ -235,6 +235,7 @@ def test_bayes_ivon_measures_calibration():
     assert found["nll"] == pytest.approx(nll)
 
 
+@pytest.mark.slow  # the next two draw a part of it
 def test_gallery(tmp_path, capsys):
     """Smoke pictures of every kind; the full set is what is in the documentation."""
     example = load("gallery")
@@ -276,6 +277,7 @@ def test_gallery_of_a_few(tmp_path):
         example.main(["--only", "queen", *out])
 
 
+@pytest.mark.slow
 def test_flatness_report(tmp_path, capsys):
     reports = load("flatness_report").main(["--smoke", "--out", str(tmp_path)])
     shown = capsys.readouterr().out

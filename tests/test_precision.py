@@ -427,7 +427,9 @@ def test_train_step(mode):
     assert value.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("Auto", marks=pytest.mark.slow), "Explicit"]
+)
 @pytest.mark.parametrize(
     ("method", "mode"),
     [c for c in CASES if c.values[0].name in {"sam", "entropy_sgd", "ema_weights"}],

@@ -12,9 +12,9 @@ IMPORT = {"import optax": "import optax\nimport optax_flat"}
 
 # What stands where the optimizer is made, what is evaluated, and what it becomes.
 OPTIMIZER = {
-    "linen": "optax.sgd(learning_rate=0.1, momentum=0.9)",
-    "nnx": "optax.adamw(learning_rate=0.005)",
-    "equinox": "optax.adamw(learning_rate=0.005)",
+    "linen_cnn": "optax.sgd(learning_rate=0.1, momentum=0.9)",
+    "nnx_mlp": "optax.adamw(learning_rate=0.005)",
+    "equinox_mlp": "optax.adamw(learning_rate=0.005)",
 }
 METHODS = {
     "ema_weights": "optax_flat.ema_weights({0}, decay=0.9)",
@@ -24,12 +24,12 @@ METHODS = {
     ),
 }
 EVALUATION = {
-    "linen": {
+    "linen_cnn": {
         "    params = state.params\n": (
             "    params = optax_flat.eval_params(state.opt_state, state.params)\n"
         ),
     },
-    "nnx": {
+    "nnx_mlp": {
         "    return eval_step": (
             "    params = nnx.state(model, nnx.Param)\n"
             "    params = optax_flat.eval_params(optimizer.opt_state, params)\n"
@@ -37,7 +37,7 @@ EVALUATION = {
             "    return eval_step"
         ),
     },
-    "equinox": {
+    "equinox_mlp": {
         "    return accuracy(model,": (
             "    model = optax_flat.eval_params(opt_state, model)\n"
             "    return accuracy(model,"
@@ -46,13 +46,13 @@ EVALUATION = {
 }
 
 
-def changed(framework: str, method: str) -> tuple[str, int]:
+def changed(loop: str, method: str) -> tuple[str, int]:
     """The loop with our method, and how many of its lines are new or other ones."""
-    source = (HERE / f"{framework}.py").read_text()
+    source = (HERE / f"{loop}.py").read_text()
     before = source.splitlines()
-    optimizer = OPTIMIZER[framework]
+    optimizer = OPTIMIZER[loop]
     ours = {optimizer: METHODS[method].format(optimizer)}
-    for old, new in (IMPORT | ours | EVALUATION[framework]).items():
+    for old, new in (IMPORT | ours | EVALUATION[loop]).items():
         assert source.count(old) == 1
         source = source.replace(old, new)
     return source, sum(line not in before for line in source.splitlines())
@@ -80,11 +80,11 @@ def run(source: str, name: str):
     return float(namespace["main"](*batches()))
 
 
-@pytest.mark.parametrize("framework", OPTIMIZER)
+@pytest.mark.parametrize("loop", OPTIMIZER)
 @pytest.mark.parametrize("method", METHODS)
-def test_five_lines(framework, method):
-    pytest.importorskip("equinox" if framework == "equinox" else "flax")
-    source, lines = changed(framework, method)
+def test_five_lines(loop, method):
+    pytest.importorskip("equinox" if loop == "equinox_mlp" else "flax")
+    source, lines = changed(loop, method)
     assert 2 <= lines <= ALLOWED
-    accuracy = run(source, f"{framework}-{method}")
+    accuracy = run(source, f"{loop}-{method}")
     assert accuracy > 0.9

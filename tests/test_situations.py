@@ -122,7 +122,11 @@ def networks():
     }
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet", "vit", "transformer"])
+@pytest.mark.parametrize(
+    "name",
+    ["mlp", "cnn", "resnet"]
+    + [pytest.param(name, marks=pytest.mark.slow) for name in ("vit", "transformer")],
+)
 def test_networks(name):
     """Shapes, logits of order 1, a gradient everywhere, and examples on their own."""
     model, inputs, shape = networks()[name]
