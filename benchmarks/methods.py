@@ -60,9 +60,10 @@ class Method(NamedTuple):
     members: int = 1  # of an ensemble: each with its own start and minibatches
 
 
-Base = Callable[[optax.Schedule], optax.GradientTransformation]
+Base = Callable[..., optax.GradientTransformation]  # of a schedule, and a decay
 DECAY = 5e-4
 DECAYS = (0.0, DECAY, 10 * DECAY)
+ADAM_DECAYS = (1e-3, 1e-2, 1e-1)
 RADII = (0.03, 0.1, 0.3)
 
 
@@ -129,18 +130,27 @@ def entropy_adam(setup: Setup, **others: Any) -> optax.GradientTransformation:
     )  # fmt: skip
 
 
-def around(base: Base, rate: float) -> dict[str, Method]:
-    """The catalogue of methods, where they have one inside, around a base optimizer."""
+def around(base: Base, rate: float, strong: float) -> dict[str, Method]:
+    """The catalogue of methods, where they have one inside, around a base optimizer.
 
-    def sharpness_aware(method: Callable[..., Any], radii: tuple[float, ...]) -> Method:
+    Those named `_decayed` have the base with the weight decay `strong`.
+    """
+
+    def sharpness_aware(
+        method: Callable[..., Any], radii: tuple[float, ...], *decay: float
+    ) -> Method:
         def make(setup):
-            return method(base(setup.rate), rho=lambda _: setup.second)
+            return method(base(setup.rate, *decay), rho=lambda _: setup.second)
 
         return Method(make, rate, radii, "rho", 2, one_minibatch=True)
 
-    def ema(setup):
-        decay = 1 - 1 / (setup.second * setup.updates)
-        return optax_flat.ema_weights(base(setup.rising), decay=lambda _: decay)
+    def ema(*decay: float) -> Method:
+        def make(setup):
+            forgets = 1 - 1 / (setup.second * setup.updates)
+            rising = base(setup.rising, *decay)
+            return optax_flat.ema_weights(rising, decay=lambda _: forgets)
+
+        return Method(make, rate, (0.03, 0.1, 0.3), "part of the run averaged")
 
     def lawa(setup):
         period = max(1, setup.updates // 50)
@@ -156,9 +166,10 @@ def around(base: Base, rate: float) -> dict[str, Method]:
         ),
         "adamw": Method(
             lambda setup: adamw(setup.rate, setup.second),
-            1e-3, (1e-3, 1e-2, 1e-1), "weight decay",
+            1e-3, ADAM_DECAYS, "weight decay",
         ),
         "sam": sharpness_aware(optax_flat.sam, RADII),
+        "sam_decayed": sharpness_aware(optax_flat.sam, RADII, strong),
         "asam": sharpness_aware(optax_flat.asam, (0.3, 1.0, 3.0)),
         "friendly_sam": sharpness_aware(optax_flat.friendly_sam, RADII),
         "entropy_sgd": entropy_sgd(WALK),
@@ -169,7 +180,8 @@ def around(base: Base, rate: float) -> dict[str, Method]:
         "parle": Method(
             parle, 0.01, (0.25, 0.75, 2.25), "coupling", SHORT_WALK, replicas=REPLICAS
         ),
-        "ema": Method(ema, rate, (0.03, 0.1, 0.3), "part of the run averaged"),
+        "ema": ema(),
+        "ema_decayed": ema(strong),
         "lawa": Method(lawa, rate, ends, "rate at the end"),
         "swa": Method(swa, rate, ends, "rate at the end"),
         "ivon": Method(ivon, 0.1, (1.0, 10.0, 100.0), "ess / examples"),
@@ -178,6 +190,6 @@ def around(base: Base, rate: float) -> dict[str, Method]:
 
 
 CATALOGUES = {
-    "sgd": around(sgd, 0.03),
-    "adamw": around(adamw, 1e-3),
+    "sgd": around(sgd, 0.03, DECAYS[-1]),
+    "adamw": around(adamw, 1e-3, ADAM_DECAYS[-1]),
 }

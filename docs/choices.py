@@ -84,9 +84,9 @@ SITUATIONS = (
         "methods/sam.md",
         "with 40 % wrong labels and no weight decay "
         + both(40, "gsam")
-        + '; SAM [{{ results("noisy_labels").ahead("mlp-40/sam", "mlp-40/sgd", '
-        '"accuracy") }} over SGD whose weight decay is tuned](results/noisy_labels.md)'
-        ": tune that first",
+        + '; with an MLP SAM [{{ results("noisy_labels").ahead("mlp-40/sam", '
+        '"mlp-40/sgd", "accuracy") }} over SGD whose weight decay is tuned]'
+        "(results/noisy_labels.md): tune that first",
         labels(40, "gsam"),
     ),
     Situation(
@@ -102,7 +102,7 @@ SITUATIONS = (
         "optax_flat.ema_weights(outer, decay=0.999)",
         "1",
         "methods/averaging.md",
-        "with 40 % wrong labels, stopped at the best moment, "
+        "with 40 % wrong labels and no weight decay, stopped at the best moment, "
         + both(40, "ema", "best"),
         labels(40, "ema", "best"),
     ),

@@ -280,8 +280,13 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
         if not flat.size:
             return updates
-        threshold, largest = jnp.quantile(flat, jnp.asarray([quantile, 1], flat.dtype))
-        nothing = largest <= threshold
+        # `jnp.quantile` counts places in float32, which ends at 2^24 entries. Both
+        # numbers come from the sort: a maximum XLA would put into every leaf's loop.
+        ordered, place = jnp.sort(flat), quantile * (flat.size - 1)
+        below, between = int(place), place % 1
+        above = min(below + 1, flat.size - 1)
+        threshold = ordered[below] + between * (ordered[above] - ordered[below])
+        nothing = ordered[-1] <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),
             updates, z,

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+import optax_flat
+
 ALLOWED = 5  # lines
 HERE = Path(__file__).parent / "quickstarts"
 IMPORT = {"import optax": "import optax\nimport optax_flat"}
@@ -38,9 +40,9 @@ EVALUATION = {
         ),
     },
     "equinox_mlp": {
-        "    return accuracy(model,": (
+        "    return evaluate(model,": (
             "    model = optax_flat.eval_params(opt_state, model)\n"
-            "    return accuracy(model,"
+            "    return evaluate(model,"
         ),
     },
 }
@@ -58,8 +60,11 @@ def changed(loop: str, method: str) -> tuple[str, int]:
     return source, sum(line not in before for line in source.splitlines())
 
 
-def batches():
-    """Two kinds of stripes under noise, 60 minibatches to train and one to test."""
+def batches(repeats: int):
+    """Two kinds of stripes under noise: minibatches to train with, and one to test.
+
+    The last one begins a walk, so that the params do not stand on its anchor.
+    """
 
     def draw(key):
         labels_key, noise_key = jax.random.split(key)
@@ -70,21 +75,27 @@ def batches():
         noise = 1.5 * jax.random.normal(noise_key, images.shape)
         return (images + noise)[..., None], labels
 
-    *train, test = map(draw, jax.random.split(jax.random.key(1), 61))
-    return train, test
+    *train, last, test = map(draw, jax.random.split(jax.random.key(1), 62))
+    return [batch for batch in train for _ in range(repeats)] + [last], test
 
 
-def run(source: str, name: str):
+def run(source: str, name: str, data):
+    """Test loss and accuracy."""
     namespace = {"__name__": name}
     exec(compile(source, name, "exec"), namespace)
-    return float(namespace["main"](*batches()))
+    return map(float, namespace["main"](*data))
 
 
 @pytest.mark.parametrize("loop", OPTIMIZER)
 @pytest.mark.parametrize("method", METHODS)
-def test_five_lines(loop, method):
+def test_five_lines(loop, method, monkeypatch):
     pytest.importorskip("equinox" if loop == "equinox_mlp" else "flax")
     source, lines = changed(loop, method)
     assert 2 <= lines <= ALLOWED
-    accuracy = run(source, f"{loop}-{method}")
+    # SAM takes both gradients of an update from one minibatch.
+    data = batches(repeats=2 if method == "sam" else 1)
+    loss, accuracy = run(source, f"{loop}-{method}", data)
     assert accuracy > 0.9
+    monkeypatch.setattr(optax_flat, "eval_params", lambda state, params: params)
+    loss_on_the_walk, _ = run(source, f"{loop}-{method}", data)
+    assert loss != loss_on_the_walk

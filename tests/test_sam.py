@@ -538,3 +538,12 @@ def test_some_leaves_only_in_scanned_mode():
     moved = train(ours, "scanned", params, data).params
     assert moved["scale"] == params["scale"]
     assert (moved["layer"]["w"] != params["layer"]["w"]).any()
+
+
+@pytest.mark.parametrize("size", [30, pytest.param(2**24 + 2, marks=pytest.mark.slow)])
+def test_outliers_among_equal_entries(size):
+    """One of them stands out, also among more than float32 can count."""
+    g = jnp.ones(size).at[: size // 2].set(-1.0).at[-1].set(50.0)
+    rule = ascent.outliers(0.5)
+    (kept,) = jnp.nonzero(rule.update(g, rule.init(g))[0])
+    assert kept.tolist() == [size - 1]

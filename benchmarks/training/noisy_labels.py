@@ -34,7 +34,8 @@ from benchmarks.situations import (
 )
 
 METHODS = (
-    "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "ivon"
+    "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "ivon",
+    "sam_decayed", "ema_decayed",
 )  # fmt: skip
 
 

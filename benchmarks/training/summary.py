@@ -6,8 +6,9 @@ the better one in the final runs of that cell, so that to be better than it is t
 better than both. The differences are averaged over the cells seed by seed; a field is
 their mean over the seeds with its 95 % interval (Student's t). "better" and "worse" are
 intervals without 0, "same" are those with it. Of twenty fields without any effect one
-would not be "same" by chance. The tables of the scripts have the cells one by one, and
-all methods.
+would not be "same" by chance. A method that was run with a strong weight decay inside,
+too, has in each cell the decay that validation chose. The tables of the scripts have
+the cells one by one, and all methods.
 
     python -m benchmarks.training.summary
 """
@@ -27,6 +28,7 @@ from benchmarks.situations import interval, verdict
 
 SHADES = {"better": "#8FD3BF", "worse": "#F2B48C", "same": "#E8E8E8"}
 BASELINES = ("SGD", "Adam(W)")
+DECAYED = "_decayed"
 METHODS = {  # with the names in the rows, the first of which that is there counts
     "SGD": ("sgd",),
     "Adam(W)": ("adamw", "adam"),
@@ -95,6 +97,13 @@ def read(folder: Path, situation: Situation) -> dict[str, dict[str, dict[int, fl
         if counts and situation.measure in row:
             runs = found.setdefault(cell, {}).setdefault(row["optimizer"], {})
             runs[row["seed"]] = row[situation.measure]
+    choices = read_json(folder / situation.script / "selection.json", {})
+    for cell, of in found.items():
+        for decayed in [name for name in of if name.endswith(DECAYED)]:
+            name, runs = decayed.removesuffix(DECAYED), of.pop(decayed)
+            score = choices[f"{cell}/{decayed}"]["score"]
+            if score > choices[f"{cell}/{name}"]["score"]:
+                of[name] = runs
     return found
 
 

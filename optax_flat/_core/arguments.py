@@ -136,8 +136,8 @@ class NoiseArguments(KeyArgument):
         str,
         Argument(
             "normal",
-            '"normal", or "rademacher": independent signs, much cheaper and of the '
-            "same weak order.",
+            '"normal", or "rademacher": independent signs, much cheaper, of the same '
+            "mean and variance.",
         ),
     ]
 

@@ -12,9 +12,10 @@ def loss_fn(model, images, labels):
 
 
 @eqx.filter_jit
-def accuracy(model, images, labels):
+def evaluate(model, images, labels):
     logits = jax.vmap(model)(images.reshape(images.shape[0], -1))
-    return jnp.mean(logits.argmax(-1) == labels)
+    accuracy = jnp.mean(logits.argmax(-1) == labels)
+    return loss_fn(model, images, labels), accuracy
 
 
 def main(train_batches, test_batch):
@@ -32,4 +33,4 @@ def main(train_batches, test_batch):
 
     for images, labels in train_batches:
         model, opt_state = make_step(model, opt_state, images, labels)
-    return accuracy(model, *test_batch)
+    return evaluate(model, *test_batch)

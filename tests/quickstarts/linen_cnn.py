@@ -52,7 +52,8 @@ def eval_step(state, images, labels):
     params = state.params
     variables = {"params": params, "batch_stats": state.batch_stats}
     logits = state.apply_fn(variables, images, train=False)
-    return jnp.mean(logits.argmax(-1) == labels)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.mean(), jnp.mean(logits.argmax(-1) == labels)
 
 
 def main(train_batches, test_batch):

@@ -27,7 +27,8 @@ def train_step(model, optimizer, images, labels):
 
 @nnx.jit
 def eval_step(model, images, labels):
-    return jnp.mean(model(images).argmax(-1) == labels)
+    accuracy = jnp.mean(model(images).argmax(-1) == labels)
+    return loss_fn(model, images, labels), accuracy
 
 
 def main(train_batches, test_batch):
