@@ -1,18 +1,21 @@
 """Checkpoints of a run that takes minutes, so that it can be cut off at any moment.
 
-for name, seed, checkpoint in checkpointed(rows.pending(...), DIR, settings):
+def train(name, seed, checkpoint):
     state, log = checkpoint.restore(state, {"epoch": 0, "losses": []})
     while log["epoch"] < epochs:
         ...
         checkpoint.save(log["epoch"], state, log)
-    rows.record(name, seed, row)
+    return row
+
+rows = run_checkpointed(train, options, settings)
 """
 
+import argparse
 import hashlib
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +23,8 @@ from typing import Any, Self
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+
+from benchmarks.harness import Row, Rows
 
 
 class Checkpoint:
@@ -142,18 +147,23 @@ def digest(state: Any) -> str:
     return result.hexdigest()
 
 
-def checkpointed(
-    pending: Iterable[tuple[str, int]], folder: Path, settings: dict[str, Any]
-) -> Iterator[tuple[str, int, Checkpoint]]:
-    """Each pair (method, seed) with its checkpoint, deleted when the next is asked for.
+def run_checkpointed(
+    train: Callable[[str, int, Checkpoint], Row],
+    options: argparse.Namespace,
+    settings: Mapping[str, Any],
+) -> Rows:
+    """Runs what is missing; a (method, seed) has a checkpoint until its row is there.
 
     What was begun with other settings is not gone on with.
     """
+    rows = Rows(options.out, settings)
     version = f"{zlib.crc32(repr(settings).encode()):08x}"
-    for name, seed in pending:
-        with Checkpoint(folder / "runs" / f"{name}-{seed}-{version}") as checkpoint:
-            yield name, seed, checkpoint
+    for name, seed in rows.pending(options.methods, range(options.seeds)):
+        folder = options.out / "runs" / f"{name}-{seed}-{version}"
+        with Checkpoint(folder) as checkpoint:
+            rows.record(name, seed, train(name, seed, checkpoint))
         checkpoint.delete()
+    return rows
 
 
 def _reasons(failures: dict[int, Exception]) -> str:

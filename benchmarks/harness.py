@@ -12,7 +12,7 @@ import math
 import os
 import statistics
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +143,16 @@ class Rows:
 
 
 def table(rows: Iterable[Row], measures: Sequence[str]) -> str:
-    """A Markdown table, one line per method: mean ± sample standard deviation."""
+    """A Markdown table, one line per method: mean ± sample standard deviation.
+
+    Measures that no row has are left out.
+    """
+    rows = list(rows)
+    known = {name for row in rows for name in row}
     by_method: dict[str, list[Row]] = {}
     for row in rows:
         by_method.setdefault(row["method"], []).append(row)
-    columns = [*measures, "gradient_evaluations", "seconds"]
+    columns = [*(m for m in measures if m in known), "gradient_evaluations", "seconds"]
     lines = [["method", *(c.replace("_", " ") for c in columns), "seeds"]]
     lines.append(["---"] + ["---:"] * (len(columns) + 1))
     for method, of_method in by_method.items():
@@ -274,34 +279,6 @@ def curves(rows: Iterable[Row], path: Path) -> None:
     figure.legend(loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=200)
     plt.close(figure)
-
-
-def select(
-    grids: Mapping[str, Sequence[float]],
-    train: Callable[[str, float, int], Row],
-    settings: Mapping[str, Any],
-    folder: Path,
-    measures: Sequence[str],
-) -> None:
-    """Writes the rate with the smallest error of every method to selection.json.
-
-    `train` gets a method's name, a rate and a seed that is not used again.
-    """
-    rows = Rows(folder / "selection", settings)
-    runs = {f"{name}/{rate}": (name, rate) for name in grids for rate in grids[name]}
-    for run, seed in rows.pending(list(runs), [SELECTION_SEED]):
-        try:
-            row = train(*runs[run], seed)
-        except FloatingPointError:  # the loss became NaN
-            spent = {"gradient_evaluations": 0, "forward_passes": 0, "seconds": 0.0}
-            row = {**spent, "error_percent": 100.0}
-        rows.record(run, seed, row)
-    best: dict[str, float] = {}
-    for row in sorted(rows, key=lambda row: row["error_percent"]):
-        name, rate = runs[row["method"]]
-        best.setdefault(name, rate)
-    write_json(folder / "selection.json", best)
-    print(table(rows, measures))
 
 
 def read_json(path: Path, default: Any) -> Any:

@@ -55,6 +55,16 @@ def random_images(shape: tuple[int, ...], train: int, test: int) -> Images:
     return Images(*draw(train), *draw(test))
 
 
+def load_or_random(
+    options: argparse.Namespace, shape: tuple[int, ...], train: int, test: int
+) -> tuple[str, Images]:
+    """The file of `--data` and its name; noise in a smoke run without one."""
+    if options.smoke and options.data is None:
+        return "random", random_images(shape, train, test)
+    images = load_images(options.data)
+    return options.data.name, images
+
+
 def load_sets(options: argparse.Namespace) -> dict[str, Images]:
     """The files of `--data` by their names; noise in a smoke run without any."""
     if options.smoke and not options.data:
@@ -80,6 +90,12 @@ def prepared(images: Images, count: int | None = None) -> Images:
     train, test = ((x - mean) / deviation for x in (train, test))
     known, labels = images.train_labels[:count], images.test_labels
     return Images(train, known.astype(np.int32), test, labels.astype(np.int32))
+
+
+def prepared_sets(options: argparse.Namespace, count: int) -> dict[str, Images]:
+    """The files of `--data`, `prepared`, by their names without an ending."""
+    sets = load_sets(options).items()
+    return {Path(name).stem: prepared(images, count) for name, images in sets}
 
 
 def prepared_file(options: argparse.Namespace) -> tuple[str, Images]:

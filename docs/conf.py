@@ -13,8 +13,9 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
+# Modules beside this file, which is not a package.
 import choices  # noqa: E402
-import evidence  # noqa: E402 - beside this file
+import evidence  # noqa: E402
 import notebooks  # noqa: E402
 import pictures  # noqa: E402
 

@@ -61,7 +61,7 @@ from benchmarks.harness import (
     write_json,
     write_table,
 )
-from benchmarks.images import CLASSES, Images, load_sets, prepared, wrong_labels
+from benchmarks.images import CLASSES, Images, prepared_sets, wrong_labels
 from optax_flat import flatness
 from optax_flat.training import make_train_step
 
@@ -409,10 +409,7 @@ def main() -> None:
     add_paths(options_of)
     options = options_of.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
-    sets = {
-        Path(name).stem: prepared(images, sizes.images)
-        for name, images in load_sets(options).items()
-    }
+    sets = prepared_sets(options, sizes.images)
     networks, kinds, factors = LAYERS, LABELS, FACTORS
     if "random" in sets:
         networks, kinds, factors = ["mlp"], ["noisy"], [1.0]

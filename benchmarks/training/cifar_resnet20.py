@@ -52,9 +52,9 @@ from flax import linen as nn
 from tqdm.auto import tqdm
 
 import optax_flat
-from benchmarks.checkpoint import Checkpoint, checkpointed
-from benchmarks.harness import COLOURS, Row, Rows, falling, parser, table, write_table
-from benchmarks.images import Images, load_images, random_images
+from benchmarks.checkpoint import Checkpoint, run_checkpointed
+from benchmarks.harness import COLOURS, Row, falling, parser, table, write_table
+from benchmarks.images import Images, load_or_random
 from optax_flat import schedules
 from optax_flat.training import make_train_step
 
@@ -390,19 +390,14 @@ def main() -> None:
     sizes = SMOKE if options.smoke else Sizes()
     if options.epochs is not None:
         sizes = sizes._replace(epochs=options.epochs)
-    if options.smoke and options.data is None:
-        images, data = random_images((8, 8, 3), 60, 20), "random"
-    else:
-        images, data = load_images(options.data), options.data.name
+    data, images = load_or_random(options, (8, 8, 3), 60, 20)
     settings = {**sizes._asdict(), "data": data}
-    rows = Rows(options.out, settings)
-    pending = rows.pending(options.methods, range(options.seeds))
-    for name, seed, checkpoint in checkpointed(pending, options.out, settings):
-        row = train(METHODS[name], images, sizes, seed=seed, checkpoint=checkpoint)
-        rows.record(name, seed, row)
-    measures = [name for name in MEASURES if any(name in row for row in rows)]
-    text = table(rows, measures)
-    write_table(text, options.out)
+
+    def run(name: str, seed: int, checkpoint: Checkpoint) -> Row:
+        return train(METHODS[name], images, sizes, seed=seed, checkpoint=checkpoint)
+
+    rows = run_checkpointed(run, options, settings)
+    write_table(table(rows, MEASURES), options.out)
     picture(rows, sizes.epochs, options.out / "cifar_resnet20.png")
 
 

@@ -63,7 +63,7 @@ from benchmarks.harness import (
     shuffled,
     write_table,
 )
-from benchmarks.images import CLASSES, Images, load_sets, prepared, wrong_labels
+from benchmarks.images import CLASSES, Images, prepared_sets, wrong_labels
 from optax_flat.training import make_train_step
 
 WALK = 20  # gradients per update of Entropy-SGD
@@ -452,10 +452,7 @@ def main() -> None:
     add_paths(options_of)
     options = options_of.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
-    sets = {
-        Path(name).stem: prepared(images, sizes.images + sizes.validation)
-        for name, images in load_sets(options).items()
-    }
+    sets = prepared_sets(options, sizes.images + sizes.validation)
     percents = (40,) if "random" in sets else PERCENT
     combined = itertools.product(sets, percents, options.methods)
     runs = {run.name: run for run in itertools.starmap(Run, combined)}

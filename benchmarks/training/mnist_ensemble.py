@@ -55,8 +55,8 @@ import numpy as np
 import optax
 
 import optax_flat
-from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
-from benchmarks.images import Images, load_images, random_images
+from benchmarks.harness import COLOURS, Row, Rows, parser, shuffled, table, write_table
+from benchmarks.images import Images, hold_out, load_or_random
 from optax_flat.training import make_train_step
 
 PIXELS, CLASSES = 784, 10
@@ -322,13 +322,6 @@ def components(images: Images, count: int) -> Images:
     )
 
 
-def hold_out(images: Images) -> Images:
-    """The last sixth of the training images in the place of the test images."""
-    count = len(images.train_images) * 5 // 6
-    x, y = images.train_images, images.train_labels
-    return Images(x[:count], y[:count], x[count:], y[count:])
-
-
 def train(method: Method, images: Images, sizes: Sizes, *, seed: int) -> Row:
     """One run on centred images."""
     if method.components is not None:
@@ -338,11 +331,8 @@ def train(method: Method, images: Images, sizes: Sizes, *, seed: int) -> Row:
     seen = method.epochs * sizes.budget * count
     between = max(1, int(seen / method.batch / POINTS))  # updates from point to point
     updates = between * POINTS
-    # Permutations one after the other, cut into minibatches.
-    epochs = -(-updates * method.batch // count)
-    shuffle = np.random.default_rng(seed).permutation
-    order = np.concatenate([shuffle(count) for _ in range(epochs)])
-    order = order[: updates * method.batch].reshape(POINTS, between, method.batch)
+    order = shuffled(count, updates * method.batch, seed)
+    order = order.reshape(POINTS, between, method.batch)
 
     data = jax.device_put(images)
     inputs = images.train_images.shape[1]
@@ -433,11 +423,10 @@ def main() -> None:
     )
     options = options_of.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
-    if options.smoke and options.data is None:
-        images, data = random_images((28, 28), 600, 50), "random"
-    else:
-        images, data = load_images(options.data), options.data.name
-    images = centred(hold_out(images) if options.hold_out else images)
+    data, images = load_or_random(options, (28, 28), 600, 50)
+    if options.hold_out:
+        images = hold_out(images, len(images.train_images) // 6)
+    images = centred(images)
     budgets = {name: list(method[1:]) for name, method in METHODS.items()}
     settings = {
         **sizes._asdict(), "data": data, "hold_out": options.hold_out,

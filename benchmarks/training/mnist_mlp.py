@@ -39,18 +39,9 @@ import optax
 from flax import linen as nn
 
 import optax_flat
-from benchmarks.harness import (
-    Row,
-    Rows,
-    curves,
-    falling,
-    parser,
-    read_json,
-    select,
-    table,
-    write_table,
-)
-from benchmarks.images import Images, hold_out, load_images, random_images
+from benchmarks import rates
+from benchmarks.harness import Row, falling
+from benchmarks.images import Images, load_or_random
 from optax_flat.training import History, make_train_step
 
 WALK = 20  # L
@@ -242,40 +233,20 @@ def train(
 
 def main() -> None:
     """Runs what is missing, then writes table and picture."""
-    options_of = parser(__doc__, METHODS, seeds=3, out="out/mnist_mlp", data=True)
+    options_of = rates.options_of(__doc__, METHODS, "mnist_mlp")
     options_of.add_argument("--epochs", type=int, metavar="N", help="(10)")
-    options_of.add_argument(
-        "--select", action="store_true", help="choose the rates by validation, and stop"
-    )
     options = options_of.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
     if options.epochs is not None:
         sizes = sizes._replace(epochs=options.epochs)
-    if options.smoke and options.data is None:
-        images, data = random_images((28, 28), 150, 50), "random"
-    else:
-        images, data = load_images(options.data), options.data.name
+    data, images = load_or_random(options, (28, 28), 150, 50)
+
+    def run(name: str, rate: float, images: Images, seed: int, log: Path) -> Row:
+        return train(METHODS[name], rate, images, sizes, seed=seed, log=log)
+
     settings = {**sizes._asdict(), "data": data}
-    if options.select:
-        split = hold_out(images, sizes.validation)
-
-        def try_rate(name: str, rate: float, seed: int) -> Row:
-            log = options.out / "selection" / "history" / f"{name}-{rate}.json"
-            return train(METHODS[name], rate, split, sizes, seed=seed, log=log)
-
-        grids = {name: METHODS[name].rates for name in options.methods}
-        select(grids, try_rate, settings, options.out, MEASURES)
-        return
-    rates = {name: method.rate for name, method in METHODS.items()}
-    rates |= read_json(options.out / "selection.json", {})
-    rows = Rows(options.out, {**settings, "rates": rates})
-    for name, seed in rows.pending(options.methods, range(options.seeds)):
-        log = options.out / "history" / f"{name}-{seed}.json"
-        row = train(METHODS[name], rates[name], images, sizes, seed=seed, log=log)
-        rows.record(name, seed, row)
-    text = table(rows, MEASURES)
-    write_table(text, options.out)
-    curves(rows, options.out / "mnist_mlp.png")
+    study = rates.Study("mnist_mlp", METHODS, run, settings, MEASURES)
+    rates.select_or_run(study, images, options)
 
 
 if __name__ == "__main__":

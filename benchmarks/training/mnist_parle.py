@@ -30,6 +30,7 @@ replicas on one device.
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -37,18 +38,9 @@ import jax.numpy as jnp
 import optax
 
 import optax_flat
-from benchmarks.harness import (
-    Row,
-    Rows,
-    curves,
-    falling,
-    parser,
-    read_json,
-    select,
-    table,
-    write_table,
-)
-from benchmarks.images import Images, hold_out, load_images, random_images
+from benchmarks import rates
+from benchmarks.harness import Row, falling
+from benchmarks.images import Images, load_or_random
 from optax_flat.training import make_train_step
 
 WALK = 25  # L
@@ -262,34 +254,17 @@ def train(
 
 def main() -> None:
     """Runs what is missing, then writes table and picture."""
-    options_of = parser(__doc__, METHODS, seeds=3, out="out/mnist_parle", data=True)
-    options_of.add_argument(
-        "--select", action="store_true", help="choose the rates by validation, and stop"
-    )
-    options = options_of.parse_args()
+    options = rates.options_of(__doc__, METHODS, "mnist_parle").parse_args()
     sizes = SMOKE if options.smoke else Sizes()
-    if options.smoke and options.data is None:
-        images, data = random_images((28, 28), 150, 50), "random"
-    else:
-        images, data = load_images(options.data), options.data.name
+    data, images = load_or_random(options, (28, 28), 150, 50)
+
+    def run(name: str, rate: float, images: Images, seed: int, log: Path) -> Row:
+        del log
+        return train(METHODS[name], rate, images, sizes, seed=seed)
+
     settings = {**sizes._asdict(), "data": data}
-    if options.select:
-        split = hold_out(images, sizes.validation)
-
-        def try_rate(name: str, rate: float, seed: int) -> Row:
-            return train(METHODS[name], rate, split, sizes, seed=seed)
-
-        grids = {name: METHODS[name].rates for name in options.methods}
-        select(grids, try_rate, settings, options.out, MEASURES)
-        return
-    rates = {name: method.rate for name, method in METHODS.items()}
-    rates |= read_json(options.out / "selection.json", {})
-    rows = Rows(options.out, {**settings, "rates": rates})
-    for name, seed in rows.pending(options.methods, range(options.seeds)):
-        row = train(METHODS[name], rates[name], images, sizes, seed=seed)
-        rows.record(name, seed, row)
-    write_table(table(rows, MEASURES), options.out)
-    curves(rows, options.out / "mnist_parle.png")
+    study = rates.Study("mnist_parle", METHODS, run, settings, MEASURES)
+    rates.select_or_run(study, images, options)
 
 
 if __name__ == "__main__":

@@ -61,8 +61,8 @@ import optax
 from tqdm.auto import tqdm
 
 import optax_flat
-from benchmarks.checkpoint import Checkpoint, checkpointed
-from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
+from benchmarks.checkpoint import Checkpoint, run_checkpointed
+from benchmarks.harness import COLOURS, Row, parser, table, write_table
 from optax_flat import schedules
 
 WALK = 5  # L
@@ -421,14 +421,12 @@ def main() -> None:
         text, data = load_text(options.data), options.data.name
     rates = {name: method.rate for name, method in METHODS.items()}
     settings = {**sizes._asdict(), "data": data, "rates": rates}
-    rows = Rows(options.out, settings)
-    pending = rows.pending(options.methods, range(options.seeds))
-    for name, seed, checkpoint in checkpointed(pending, options.out, settings):
-        row = train(METHODS[name], text, sizes, seed=seed, checkpoint=checkpoint)
-        rows.record(name, seed, row)
-    measures = [name for name in MEASURES if any(name in row for row in rows)]
-    result = table(rows, measures)
-    write_table(result, options.out)
+
+    def run(name: str, seed: int, checkpoint: Checkpoint) -> Row:
+        return train(METHODS[name], text, sizes, seed=seed, checkpoint=checkpoint)
+
+    rows = run_checkpointed(run, options, settings)
+    write_table(table(rows, MEASURES), options.out)
     picture(rows, round(sizes.epochs * PARTS), options.out / "ptb_lstm.png")
 
 
