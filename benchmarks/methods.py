@@ -156,10 +156,15 @@ def around(base: Base, rate: float, strong: float) -> dict[str, Method]:
         period = max(1, setup.updates // 50)
         return optax_flat.lawa(base(setup.falling), k=10, period=period)
 
-    def swa(setup):
-        return optax_flat.swa(base(setup.falling), start=3 * setup.updates // 4)
-
     ends = (0.1, 0.3, 1.0)
+
+    def swa(*decay: float) -> Method:
+        def make(setup):
+            falling = base(setup.falling, *decay)
+            return optax_flat.swa(falling, start=3 * setup.updates // 4)
+
+        return Method(make, rate, ends, "rate at the end")
+
     return {
         "sgd": Method(
             lambda setup: sgd(setup.rate, setup.second), 0.03, DECAYS, "weight decay"
@@ -183,7 +188,8 @@ def around(base: Base, rate: float, strong: float) -> dict[str, Method]:
         "ema": ema(),
         "ema_decayed": ema(strong),
         "lawa": Method(lawa, rate, ends, "rate at the end"),
-        "swa": Method(swa, rate, ends, "rate at the end"),
+        "swa": swa(),
+        "swa_decayed": swa(strong),
         "ivon": Method(ivon, 0.1, (1.0, 10.0, 100.0), "ess / examples"),
         "coolmomentum": Method(coolmomentum, 0.003, DECAYS, "weight decay"),
     }  # fmt: skip

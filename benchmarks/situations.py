@@ -61,6 +61,7 @@ BASELINES = ("sgd", "adamw")
 SCALED = "_scaled"  # behind a method's name: not tuned, see `Cell.scaled_from`
 TRIES = 7
 EXTRA = 4
+FAR = 10  # times the median of a panel: no further is drawn
 STEP = 3**0.5  # between neighbouring rates of the finest grid
 MOVES = ((2, 0), (-2, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # of rate and second
 
@@ -543,7 +544,11 @@ def cells_of(line: Row) -> list[str]:
 
 
 def picture(lines: Sequence[Row], path: Path) -> None:
-    """How much better than the baseline, with its interval: a panel per cell."""
+    """How much better than the baseline, with its interval: a panel per cell.
+
+    A failed run far away would make one point of all others: it is a triangle at the
+    edge.
+    """
     panels = list(dict.fromkeys((x["cell"], x["measure"]) for x in lines))
     if not panels:
         return
@@ -560,17 +565,22 @@ def picture(lines: Sequence[Row], path: Path) -> None:
             axes.set_visible(False)
             continue
         of = [x for x in lines if (x["cell"], x["measure"]) == panel]
+        edge = FAR * float(np.median([abs(x["gain"]) for x in of]))
         for x in of:
             place = names.index(x["method"])
             if x["verdict"] == "baseline":
                 axes.plot(0, place, "|", color="black", markersize=10)
                 continue
             error = None if x["low"] is None else x["high"] - x["gain"]
+            shown = float(np.clip(x["gain"], -edge, edge))
+            marker = "o" if shown == x["gain"] else "<" if shown < 0 else ">"
             axes.errorbar(
-                x["gain"], place, xerr=error, fmt="o", markersize=4, capsize=2,
+                shown, place, xerr=error, fmt=marker, markersize=4, capsize=2,
                 color=colours[x["verdict"]],
             )  # fmt: skip
         axes.axvline(0.0, color="black", linewidth=0.8)
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -1.05 * edge), min(high, 1.05 * edge))
         axes.set_yticks(range(len(names)), [n.replace("_", " ") for n in names])
         title = f"{panel[0]}, {panel[1].replace('_', ' ')}"
         axes.set_title(f"{title}\nagainst {of[0]['baseline']}", fontsize="small")

@@ -6,8 +6,8 @@ images to measure. A method of two gradients per update sees half the epochs, wi
 minibatches of the same size. Four replicas of Parle share each minibatch, so that it
 processes as many images as all others.
 
-sgd, adamw, sam, entropy_sgd (walks of five), ema and parle are tuned for every batch.
-`sgd_scaled` is SGD with the settings tuned at the smallest batch, the rate multiplied
+All methods are tuned for every batch (entropy_sgd has walks of five) but `sgd_scaled`,
+which is SGD with the settings tuned at the smallest batch, the rate multiplied
 by batch / smallest, which costs no tuning. See benchmarks.situations for tuning and
 intervals.
 
@@ -27,7 +27,8 @@ from benchmarks.situations import (
 )
 
 METHODS = (
-    "sgd", "adamw", "sam", "entropy_sgd_short", "parle", "ema", "sgd_scaled"
+    "sgd", "adamw", "sam", "asam", "entropy_sgd_short", "parle", "ema", "swa", "ivon",
+    "sgd_scaled",
 )  # fmt: skip
 
 

@@ -34,8 +34,8 @@ from benchmarks.situations import (
 )
 
 METHODS = (
-    "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "ivon",
-    "sam_decayed", "ema_decayed",
+    "sgd", "adamw", "sam", "asam", "friendly_sam", "entropy_sgd", "ema", "swa", "ivon",
+    "sam_decayed", "ema_decayed", "swa_decayed",
 )  # fmt: skip
 
 

@@ -205,7 +205,7 @@ def picture(found: Sequence[Row], path: Path) -> None:
         )  # fmt: skip
     axes.set_xlim(-0.5, len(names) - 0.5)
     axes.set_ylim(len(titles) - 0.5, -0.5)
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [n.replace(" or ", "\nor ") for n in names])
     axes.set_yticks(range(len(titles)), [f"{t},\n{unit}" for t, unit in titles])
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=8)
