@@ -39,14 +39,16 @@ def normalized(scale: jax.Array, x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5) * scale
 
 
-def patches(x: jax.Array, stride: int = 1, padding: int = 1) -> jax.Array:
-    """3x3 patches of an image, [B, H, W, C] -> [B, H / stride, W / stride, 9 C].
+def patches(
+    x: jax.Array, stride: int = 1, padding: int = 1, side: int = 3
+) -> jax.Array:
+    """Square patches of an image, [B, H, W, C] -> [B, H / stride, W / stride, 9 C].
 
     The size is rounded up; without padding it is that of H - 2 and W - 2.
     """
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    height, width = (size - 2 for size in x.shape[1:3])
-    corners = itertools.product(range(3), range(3))
+    height, width = (size - side + 1 for size in x.shape[1:3])
+    corners = itertools.product(range(side), range(side))
     parts = [x[:, i : i + height : stride, j : j + width : stride] for i, j in corners]
     return jnp.concatenate(parts, axis=-1)
 

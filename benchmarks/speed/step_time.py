@@ -11,7 +11,8 @@ program is measured with its loop as a scan and unrolled, and its ratios compare
 references of the same kind; `ratio_to_unrolled` compares a scan with the same program
 unrolled, which for LeNet and ResNet-20 is always measured beside it. "untouched" is a
 scan whose convolutions are as JAX's gradient has them (`fast_convolutions=False`), with
-the ratios to references that are not. `lenet/entropy/torch` is the same outer update in
+the ratios to references that are not. "products" is LeNet again, its convolutions
+written as matrix products of patches. `lenet/entropy/torch` is the same outer update in
 eager PyTorch on as many threads, measured if torch is installed and left out if not.
 
 Compilation. The seconds from the function to the executable: of these programs
@@ -42,6 +43,7 @@ import optax
 
 import optax_flat
 from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
+from benchmarks.models import patches
 from benchmarks.training.cifar_resnet20 import Network
 from optax_flat.training import fast_convolutions
 
@@ -78,12 +80,14 @@ class Loop(NamedTuple):
     unroll: int | bool  # as in `jax.lax.scan`
     fast: bool  # whether convolutions are given the layout that is fast on a CPU
     reference: str  # the loop of the programs that it is compared with
+    products: bool = False  # whether convolutions are written as matrix products
 
 
 LOOPS = {
     "scan": Loop(1, True, "scan"),
     "unrolled": Loop(True, False, "unrolled"),
     "untouched": Loop(1, False, "scan"),
+    "products": Loop(1, True, "scan", products=True),
     "torch": Loop(1, False, "scan"),  # Python's own
 }
 MODELS = {  # which of the programs with which loop
@@ -92,6 +96,7 @@ MODELS = {  # which of the programs with which loop
         "scan": PROGRAMS,
         "unrolled": PROGRAMS,
         "untouched": ("bare", "entropy"),
+        "products": ("bare", "entropy"),
         "torch": ("entropy",),
     },
     "resnet20": {"scan": PROGRAMS[:3], "unrolled": PROGRAMS[:3]},
@@ -137,19 +142,29 @@ def init(model: str, sizes: Sizes, key: jax.Array) -> Any:
     ]
 
 
-def apply(params: list[dict[str, jax.Array]], x: jax.Array) -> jax.Array:
+def convolved(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+    """A convolution, and max-pooling of 2x2."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    x = jax.lax.conv_general_dilated(x, w, (1, 1), "VALID", dimension_numbers=layout)
+    pool = (1, 2, 2, 1)
+    return jax.lax.reduce_window(x + b, -jnp.inf, jax.lax.max, pool, pool, "VALID")
+
+
+def multiplied(x: jax.Array, w: jax.Array, b: jax.Array) -> jax.Array:
+    """The same, as a matrix product of patches, and a maximum over an axis."""
+    x = patches(x, padding=0, side=len(w)) @ w.reshape(-1, w.shape[-1]) + b
+    count, height, width, channels = x.shape
+    squares = x.reshape(count, height // 2, 2, width // 2, 2, channels)
+    return squares.max(axis=(2, 4))
+
+
+def apply(
+    params: list[dict[str, jax.Array]], x: jax.Array, layer_of: Any = convolved
+) -> jax.Array:
     """Convolutions with max-pooling, then dense layers; ReLU between all."""
     for layer in params:
         w, b = layer["w"], layer["b"]
-        if w.ndim == 4:
-            layout = ("NHWC", "HWIO", "NHWC")
-            x = jax.lax.conv_general_dilated(
-                x, w, (1, 1), "VALID", dimension_numbers=layout
-            )
-            pool = (1, 2, 2, 1)
-            x = jax.lax.reduce_window(x + b, -jnp.inf, jax.lax.max, pool, pool, "VALID")
-        else:
-            x = x.reshape(x.shape[0], -1) @ w + b
+        x = layer_of(x, w, b) if w.ndim == 4 else x.reshape(len(x), -1) @ w + b
         if layer is not params[-1]:
             x = jax.nn.relu(x)
     return x
@@ -164,17 +179,21 @@ def problem(model: str, sizes: Sizes, num_steps: int, seed: int):
     return init(model, sizes, keys[2]), (images, labels)
 
 
-def loss(params: Any, batch: tuple[jax.Array, jax.Array]) -> jax.Array:
+def loss(
+    params: Any, batch: tuple[jax.Array, jax.Array], layer_of: Any = convolved
+) -> jax.Array:
     """Mean cross-entropy of a minibatch."""
-    logits = apply(params, batch[0])
+    logits = apply(params, batch[0], layer_of)
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]).mean()
 
 
 @functools.cache
-def loss_of(model: str, sizes: Sizes) -> Callable[[Any, Any], jax.Array]:
+def loss_of(
+    model: str, sizes: Sizes, products: bool = False
+) -> Callable[[Any, Any], jax.Array]:
     """The loss of a model, the same function every time."""
     if model != "resnet20":
-        return loss
+        return functools.partial(loss, layer_of=multiplied) if products else loss
 
     def resnet_loss(params, batch):
         images, labels = batch
@@ -361,7 +380,7 @@ class Executable(NamedTuple):
 
 def build(name: str, model: str, sizes: Sizes, num_steps: int, loop: str) -> Executable:
     """Compiles a program."""
-    loss_fn = loss_of(model, sizes)
+    loss_fn = loss_of(model, sizes, LOOPS[loop].products)
     optimizer, run = program(name, loss_fn, num_steps, LOOPS[loop])
     params, batches = problem(model, sizes, num_steps, seed=0)
     opt_state = optimizer.init(params)
