@@ -8,9 +8,9 @@ rounds, the first of which is not counted. The references:
   to, and nothing else: the limit for SAM;
 * sgd: SGD with momentum, one gradient per minibatch: the limit for methods of one.
 
-`looksam_bare` and `ivon_bare` are those methods' arithmetic written by hand for this
-network and these settings, with none of the library around it: what XLA makes of it.
-`optax_sam` is the opaque mode of `optax.contrib.sam`. `torch_sam` is the SAM of
+`looksam_bare`, `ivon_bare` and `ema_bare` are those methods' arithmetic written by hand
+for this network and these settings, with none of the library around it: what XLA makes
+of it. `optax_sam` is the opaque mode of `optax.contrib.sam`. `torch_sam` is the SAM of
 pytorch_optimizer on the same network, in eager PyTorch; it is measured if both are
 installed (pip install torch pytorch_optimizer) and left out if not. The objective is
 the mean loss over the minibatches after the updates.
@@ -57,7 +57,7 @@ METHODS = {
     "sgd_swa": optax_flat.swa(optax.sgd(RATE, 0.9), start=0),
     "sgd_ema": optax_flat.ema_weights(optax.sgd(RATE, 0.9)),
 }
-BARE = ("looksam_bare", "ivon_bare")
+BARE = ("looksam_bare", "ivon_bare", "ema_bare")
 DOUBLE = ("pair", "optax_sam")  # two gradients per update, which nobody counts
 NAMES = (*REFERENCES, *METHODS, *BARE, "optax_sam", "torch_sam")
 COLUMNS = ["ratio_to_pair", "ratio_to_sgd", "objective", "temp_mib"]
@@ -84,7 +84,10 @@ def one_update(name):
 
         return two, optax.identity()
     if name in BARE:
-        return {"looksam_bare": bare_looksam, "ivon_bare": bare_ivon}[name]()
+        made = {
+            "looksam_bare": bare_looksam, "ivon_bare": bare_ivon, "ema_bare": bare_ema
+        }  # fmt: skip
+        return made[name]()
     tx = METHODS.get(name, optax.sgd(RATE, 0.9))
     if name == "optax_sam":
         ascend = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
@@ -169,6 +172,24 @@ def bare_ivon():
         zeros = optax.tree.zeros_like(params)
         hess = optax.tree.full_like(params, HESS)
         return zeros, hess, zeros, jnp.zeros([], jnp.int32)
+
+    return update, optax.GradientTransformation(init, optax.identity().update)
+
+
+def bare_ema():
+    """SGD, and an average that starts at zero; the state is momentum and average."""
+
+    def update(params, state, batch):
+        momentum, average = state
+        grads = jax.grad(loss)(params, batch)
+        momentum = optax.tree.add_scale(grads, 0.9, momentum)
+        params = optax.tree.add_scale(params, -RATE, momentum)
+        average = jax.tree.map(lambda a, p: a + 0.001 * (p - a), average, params)
+        return params, (momentum, average)
+
+    def init(params):
+        zeros = optax.tree.zeros_like(params)
+        return zeros, zeros
 
     return update, optax.GradientTransformation(init, optax.identity().update)
 
