@@ -45,7 +45,16 @@ def test_blocks_are_found():
     assert "composing.md" in PAGES
 
 
-@pytest.mark.parametrize("page", PAGES)
+LONG = ("methods/ensemble_kalman.md",)  # ten seconds of training
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in LONG else [])
+        for page in PAGES
+    ],
+)
 def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # pages may write files
     namespace = {"__name__": "__main__"}

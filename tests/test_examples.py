@@ -198,6 +198,7 @@ def test_interrupted_run_resumes_bit_for_bit(tmp_path):
     assert len(straight.loss) == 5 * len(straight.eff_loss) == 10
 
 
+@pytest.mark.slow
 def test_no_gradients():
     results = load("no_gradients").main(["--smoke"])
     for name, (run,) in results.items():
@@ -291,6 +292,7 @@ def test_flatness_report(tmp_path, capsys):
         assert (tmp_path / picture).stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_sam_resnet(tmp_path, monkeypatch):
     """It learns; cut off after an epoch it goes on and ends with the same bits."""
     example = load("sam_resnet")

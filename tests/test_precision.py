@@ -35,15 +35,17 @@ NAMES = {
     "entropy_sgd", "sam", "momentum_sam", "sghmc", "ema_weights", "adagrad",
     "ensemble_kalman",
 }  # fmt: skip
+SLOW = {"sam", "sghmc", "adagrad"}  # in `make test-all`
 CASES = [
-    pytest.param(method, mode, id=f"{method.name}-{mode}")
+    pytest.param(
+        method, mode, id=f"{method.name}-{mode}",
+        marks=[pytest.mark.slow] if method.name in SLOW else [],
+    )
     for method in METHODS
     if method.name in NAMES
     for mode in method.modes
-]
-case = pytest.mark.parametrize(
-    ("method", "mode"), [c for c in CASES if c.values[0].name in NAMES]
-)
+]  # fmt: skip
+case = pytest.mark.parametrize(("method", "mode"), CASES)
 MOVED = {"parle", "elastic_averaging", "multipoint_nesterov", "momentum_sam", "sampa"}
 rounding_case = pytest.mark.parametrize(
     ("method", "mode"),

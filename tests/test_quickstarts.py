@@ -1,5 +1,6 @@
 """The frameworks' own loops become ours by changing at most five lines."""
 
+import itertools
 from pathlib import Path
 
 import jax
@@ -86,8 +87,17 @@ def run(source: str, name: str, data):
     return map(float, namespace["main"](*data))
 
 
-@pytest.mark.parametrize("loop", OPTIMIZER)
-@pytest.mark.parametrize("method", METHODS)
+# Every loop and every method once; `make test-all` has all pairs.
+QUICK = tuple(zip(OPTIMIZER, METHODS, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("loop", "method"),
+    [
+        pytest.param(*pair, marks=[] if pair in QUICK else [pytest.mark.slow])
+        for pair in itertools.product(OPTIMIZER, METHODS)
+    ],
+)
 def test_five_lines(loop, method, monkeypatch):
     pytest.importorskip("equinox" if loop == "equinox_mlp" else "flax")
     source, lines = changed(loop, method)
