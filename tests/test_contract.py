@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from catalogue import METHODS, WALK_MODES, Quadratic
+from catalogue import KINDS_OF_WALKS, METHODS, WALK_MODES, Quadratic
 from problem import (
     assert_close,
     assert_equal,
@@ -717,8 +717,10 @@ INNER_TRANSFORMS = {
             dtype,
             id=f"{inner}-{dtype.__name__}-{m.name}",
             marks=pytest.mark.slow
-            if (m.shares_engine and (inner, dtype) != ("clip", jnp.float32))
-            or inner == "none"
+            if inner == "none"
+            or (
+                m.name not in KINDS_OF_WALKS and (inner, dtype) != ("clip", jnp.float32)
+            )
             or (dtype == jnp.bfloat16 and m.name not in {"sam", "entropy_sgd", "ivon"})
             else [],
         )

@@ -461,7 +461,10 @@ LOOPS = {
 
 
 # The other measures evaluate their products as `hvp` and `trace` do.
-SLOW = {"frobenius_norm", "spectral_density", "top_eigenvalues", "m_sharpness"}
+SLOW = {
+    "frobenius_norm", "spectral_density", "top_eigenvalues", "m_sharpness", "trace",
+    "perturbation_gradient",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ CASES = [
     for mode in method.modes
 ]  # fmt: skip
 SLOW = pytest.mark.slow
-EXPLICIT = {"entropy_sgd-scanned", "ivon-transparent", "ensemble_kalman-forward"}
+EXPLICIT = {"entropy_sgd-scanned", "ivon-scanned", "ensemble_kalman-forward"}
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
     ("method", "mode"),

@@ -489,8 +489,17 @@ def test_skipped_updates_are_counted():
     assert int(state.count) == 3
 
 
-@pytest.mark.parametrize("outputs", ["vector", "matrix", "several"])
-@pytest.mark.parametrize("form", ["explicit", "implicit"])
+@pytest.mark.parametrize(
+    ("form", "outputs"),
+    [
+        ("explicit", "several"),
+        ("implicit", "matrix"),
+        pytest.param("explicit", "vector", marks=pytest.mark.slow),
+        pytest.param("explicit", "matrix", marks=pytest.mark.slow),
+        pytest.param("implicit", "vector", marks=pytest.mark.slow),
+        pytest.param("implicit", "several", marks=pytest.mark.slow),
+    ],
+)
 def test_sharded_outputs_on_explicit_mesh(form, outputs):
     """Examples spread over eight devices by type: as on one device."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
