@@ -20,6 +20,7 @@ from problem import (
 
 import optax_flat
 from optax_flat import Walk, scanned, transparent
+from optax_flat._core.modes import states
 
 
 class Memory(NamedTuple):
@@ -505,3 +506,47 @@ def test_updates_that_are_not_jitted_compile_once(mode):
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     assert counts[-1] == counts[2]
+
+
+class Short(NamedTuple):
+    """One descent; memory is the number of updates made."""
+
+    point: optax.Params
+    taken: jax.Array
+
+
+def descent_of_1_to_4():
+    """Gradient steps, in update u as many as 1 + u mod 4."""
+
+    def step(memory, inner, grads):
+        point = jax.tree.map(lambda p, g: p - 0.1 * g, inner.point, grads)
+        return Short(point, inner.taken + 1)
+
+    return Walk(
+        4,
+        lambda params: jnp.zeros([], jnp.int32),
+        lambda memory, params: Short(params, jnp.zeros([], jnp.int32)),
+        step,
+        lambda memory, inner, params: (
+            optax.tree.sub(inner.point, params), memory + 1
+        ),
+        lambda memory, inner: inner.taken == 1 + memory % 4,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize(
+    ("mode", "adapter"), [("scanned", scanned), ("transparent", transparent)]
+)
+def test_a_walk_may_end_after_any_gradient(mode, adapter, jit):
+    data, tx = batches(5, 4), adapter(descent_of_1_to_4())
+    with jax.disable_jit(not jit):
+        run = train(tx, mode, ragged_params(), data)
+    expected = ragged_params()
+    for u, stack in enumerate(data):
+        for batch in stack[: 1 + u % 4]:
+            grads = jax.grad(loss)(expected, batch)
+            expected = jax.tree.map(lambda p, g: p - 0.1 * g, expected, grads)
+    assert_close(run.params, expected)
+    (state,) = states(run.state, (optax_flat.ScannedState, optax_flat.TransparentState))
+    assert int(state.gradient_evaluations) == 1 + 2 + 3 + 4 + 1
