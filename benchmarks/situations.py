@@ -61,7 +61,7 @@ BASELINES = ("sgd", "adamw")
 SCALED = "_scaled"  # behind a method's name: not tuned, see `Cell.scaled_from`
 TRIES = 7
 EXTRA = 4
-FAR = 10  # times the median of a panel: no further is drawn
+FAR = 4  # times the upper quartile of a panel: no further is drawn
 STEP = 3**0.5  # between neighbouring rates of the finest grid
 MOVES = ((2, 0), (-2, 0), (0, 1), (0, -1), (1, 0), (-1, 0))  # of rate and second
 
@@ -546,8 +546,7 @@ def cells_of(line: Row) -> list[str]:
 def picture(lines: Sequence[Row], path: Path) -> None:
     """How much better than the baseline, with its interval: a panel per cell.
 
-    A failed run far away would make one point of all others: it is a triangle at the
-    edge.
+    What is so far away that all others would be one point is a triangle at the edge.
     """
     panels = list(dict.fromkeys((x["cell"], x["measure"]) for x in lines))
     if not panels:
@@ -565,18 +564,22 @@ def picture(lines: Sequence[Row], path: Path) -> None:
             axes.set_visible(False)
             continue
         of = [x for x in lines if (x["cell"], x["measure"]) == panel]
-        edge = FAR * float(np.median([abs(x["gain"]) for x in of]))
+        gains = [abs(x["gain"]) for x in of if x["verdict"] != "baseline"]
+        edge = FAR * float(np.quantile(gains, 0.75)) if any(gains) else math.inf
         for x in of:
             place = names.index(x["method"])
             if x["verdict"] == "baseline":
                 axes.plot(0, place, "|", color="black", markersize=10)
                 continue
+            colour = colours[x["verdict"]]
+            if abs(x["gain"]) > edge:
+                marker = "<" if x["gain"] < 0 else ">"
+                axes.plot(math.copysign(edge, x["gain"]), place, marker, color=colour)
+                continue
             error = None if x["low"] is None else x["high"] - x["gain"]
-            shown = float(np.clip(x["gain"], -edge, edge))
-            marker = "o" if shown == x["gain"] else "<" if shown < 0 else ">"
             axes.errorbar(
-                shown, place, xerr=error, fmt=marker, markersize=4, capsize=2,
-                color=colours[x["verdict"]],
+                x["gain"], place, xerr=error, fmt="o", markersize=4, capsize=2,
+                color=colour,
             )  # fmt: skip
         axes.axvline(0.0, color="black", linewidth=0.8)
         low, high = axes.get_xlim()
@@ -586,6 +589,7 @@ def picture(lines: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{title}\nagainst {of[0]['baseline']}", fontsize="small")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("better by, with 95 % interval", fontsize="medium")
+    label = "better by, with 95 % interval; a triangle is further away"
+    figure.supxlabel(label, fontsize="medium")
     figure.savefig(path, dpi=200)
     plt.close(figure)

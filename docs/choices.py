@@ -68,13 +68,6 @@ def both(percent, method, moment="end"):
     )
 
 
-TUNED = (
-    '{% set f = results("summary").rows '
-    '| selectattr("situation", "equalto", "40 % wrong labels, MLP, ResNet, ViT") '
-    '| selectattr("method", "equalto", "EMA") | first %}'
-    '{{ "%.1f ± %.1f" | format(f.gain, f.high - f.gain) }}'
-)
-
 SITUATIONS = (
     Situation(
         "good labels, best test accuracy",
@@ -110,9 +103,7 @@ SITUATIONS = (
         "1",
         "methods/averaging.md",
         "with 40 % wrong labels and no weight decay, stopped at the best moment, "
-        + both(40, "ema", "best")
-        + f"; with tuned weight decay, to the end, [{TUNED} over the better one of SGD "
-        "and AdamW](results/noisy_labels.md)",
+        + both(40, "ema", "best"),
         labels(40, "ema", "best"),
     ),
     Situation(

@@ -1381,7 +1381,6 @@ METHODS = [
     ),
     Method(
         name="lawa",
-        shares_engine=True,
         arguments={"inner": optax.sgd(0.1), "k": 2},
         floats={},
         off={"k": 1},

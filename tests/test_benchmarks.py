@@ -3,6 +3,8 @@
 import json
 import math
 
+import chex
+import jax
 import numpy as np
 import pytest
 import scipy.stats
@@ -10,6 +12,7 @@ from scripts import MODULES, ROOT, start
 
 from benchmarks import checkpoint, correlation, harness, images
 from benchmarks.faults import kills
+from benchmarks.speed import step_time
 from benchmarks.training import ptb_lstm
 
 # Started a second time; the others would do the same, and compile for longer.
@@ -326,3 +329,11 @@ def test_partial_tau():
     )
     assert plain["tau"] > 0.9
     assert abs(given["tau"]) < 0.2
+
+
+def test_lenet_as_products_is_lenet():
+    sizes = step_time.SMOKE
+    params, (images, labels) = step_time.problem("lenet", sizes, 1, seed=0)
+    losses = [step_time.loss_of("lenet", sizes, products) for products in (False, True)]
+    found = [jax.value_and_grad(f)(params, (images[0], labels[0])) for f in losses]
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)

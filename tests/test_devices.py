@@ -42,7 +42,10 @@ CASES = [
     for mode in method.modes
 ]  # fmt: skip
 SLOW = pytest.mark.slow
-EXPLICIT = {"entropy_sgd-scanned", "ivon-scanned", "ensemble_kalman-forward"}
+EXPLICIT = {
+    "entropy_sgd-scanned", "entropy_sgd-transparent", "looksam-scanned",
+    "ensemble_kalman-forward",
+}  # fmt: skip
 every_case = pytest.mark.parametrize(("method", "mode"), CASES)
 noisy_case = pytest.mark.parametrize(
     ("method", "mode"),

@@ -198,7 +198,6 @@ def test_interrupted_run_resumes_bit_for_bit(tmp_path):
     assert len(straight.loss) == 5 * len(straight.eff_loss) == 10
 
 
-@pytest.mark.slow
 def test_no_gradients():
     results = load("no_gradients").main(["--smoke"])
     for name, (run,) in results.items():

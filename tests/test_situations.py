@@ -11,7 +11,7 @@ import scipy.stats
 from scripts import start
 
 from benchmarks import models, situations
-from benchmarks.training import transformer
+from benchmarks.training import summary, transformer
 
 
 def search(score):
@@ -269,3 +269,18 @@ def test_summary_compares_with_the_better_baseline_of_each_cell(tmp_path):
         assert of["SGD"]["gain"] == of["Adam(W)"]["gain"] == -5.0
         assert of["SGD"]["verdict"] == "worse"
     assert (tmp_path / "summary" / "table.md").read_text() in done.stdout
+
+
+def test_cells_that_cancel_do_not_make_an_interval_narrow():
+    gains = np.array([[0.0, 1.0, 2.0], [2.0, 1.0, 0.0]])  # in the mean 1 for each seed
+    mean, low, high = summary.wider_interval(gains)
+    half = scipy.stats.t.ppf(0.975, 4) * (1 / 6) ** 0.5  # two variances 1 / 3, over 4
+    np.testing.assert_allclose([mean, low, high], [1.0, 1.0 - half, 1.0 + half])
+    alone = gains[:1]
+    np.testing.assert_allclose(
+        summary.wider_interval(alone), situations.interval(alone[0].tolist())
+    )
+    together = np.array([[0.0, 1.0, 5.0], [0.0, 1.0, 5.0]])  # a seed moves both
+    np.testing.assert_allclose(
+        summary.wider_interval(together), situations.interval(together[0].tolist())
+    )

@@ -16,6 +16,7 @@ installed (pip install torch pytorch_optimizer) and left out if not. The objecti
 the mean loss over the minibatches after the updates.
 
     python -m benchmarks.speed.sam_time
+    python -m benchmarks.speed.sam_time --batch 1024 --out out/sam_time/batch_1024
 """
 
 import importlib.util
@@ -314,10 +315,13 @@ def main() -> None:
         name for name in NAMES
         if name != "torch_sam" or importlib.util.find_spec("pytorch_optimizer")
     ]  # fmt: skip
-    options = parser(
-        __doc__, available, seeds=3, out="results/sam_time", data=False
-    ).parse_args()
+    options_of = parser(__doc__, available, seeds=3, out="out/sam_time", data=False)
+    batch = Sizes().batch
+    options_of.add_argument("--batch", type=int, metavar="N", help=f"({batch})")
+    options = options_of.parse_args()
     sizes = SMOKE if options.smoke else Sizes()
+    if options.batch is not None:
+        sizes = sizes._replace(batch=options.batch)
     rows = Rows(options.out, {**sizes._asdict(), "rate": RATE})
     for _, seed in rows.pending(options.methods, range(options.seeds)):
         missing = [name for name in options.methods if (name, seed) not in rows]
@@ -325,8 +329,9 @@ def main() -> None:
             continue
         for name, row in measure(missing, sizes, seed).items():
             rows.record(name, seed, row)
-    write_table(table(list(rows), COLUMNS), options.out)
-    picture(list(rows), options.out / "sam_time.png")
+    ordered = sorted(rows, key=lambda row: NAMES.index(row["method"]))
+    write_table(table(ordered, COLUMNS), options.out)
+    picture(ordered, options.out / "sam_time.png")
 
 
 if __name__ == "__main__":

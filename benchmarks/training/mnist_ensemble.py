@@ -425,7 +425,7 @@ def main() -> None:
     sizes = SMOKE if options.smoke else Sizes()
     data, images = load_or_random(options, (28, 28), 600, 50)
     if options.hold_out:
-        images = hold_out(images, len(images.train_images) // 6)
+        images = hold_out(images, -(-len(images.train_images) // 6))
     images = centred(images)
     budgets = {name: list(method[1:]) for name, method in METHODS.items()}
     settings = {

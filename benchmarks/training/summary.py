@@ -4,11 +4,11 @@ Read from the rows of the situations' scripts. In every cell of a situation (a n
 a number of labels, ...) a method is compared with the better one of SGD and Adam(W):
 the better one in the final runs of that cell, so that to be better than it is to be
 better than both. The differences are averaged over the cells seed by seed; a field is
-their mean over the seeds with its 95 % interval (Student's t). "better" and "worse" are
-intervals without 0, "same" are those with it. Of twenty fields without any effect one
-would not be "same" by chance. A method that was run with a strong weight decay inside,
-too, has in each cell the decay that validation chose. The tables of the scripts have
-the cells one by one, and all methods.
+their mean over the seeds with its 95 % interval (see `wider_interval`). "better" and
+"worse" are intervals without 0, "same" are those with it. Of twenty fields without any
+effect one would not be "same" by chance. A method that was run with a strong weight
+decay inside, too, has in each cell the decay that validation chose. The tables of the
+scripts have the cells one by one, and all methods.
 
     python -m benchmarks.training.summary
 """
@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import numpy as np
+import scipy.stats
 from matplotlib.patches import Rectangle
 
 from benchmarks.harness import Row, read_json, write_json, write_table
@@ -140,14 +141,33 @@ def fields(folder: Path, situation: Situation) -> list[Row]:
     ]
 
 
+def wider_interval(gains: np.ndarray) -> tuple[float, float, float]:
+    """The mean of gains [cells, seeds], with the wider one of two 95 % intervals.
+
+    One is of the means over the cells, seed by seed: right where a seed moves all cells
+    together, but of few seeds it may be narrow by chance. The other adds up the
+    variances within the cells (Welch and Satterthwaite): right where it does not.
+    """
+    mean, low, high = interval(gains.mean(axis=0).tolist())
+    cells, seeds = gains.shape
+    if seeds < 2:
+        return mean, low, high
+    variances = gains.var(axis=1, ddof=1) / seeds / cells**2
+    total = float(variances.sum())
+    half = high - mean
+    if total > 0.0:
+        freedom = (seeds - 1) * total**2 / float((variances**2).sum())
+        half = max(half, float(scipy.stats.t.ppf(0.975, freedom)) * total**0.5)
+    return mean, mean - half, mean + half
+
+
 def field(
     situation: Situation, name: str, gains: Sequence[dict[int, float]], is_best: bool
 ) -> Row:
-    """The mean over the cells, seed by seed, and over the seeds."""
+    """What is known of a method in a situation."""
     seeds = set.intersection(*(set(of) for of in gains))
-    mean, low, high = interval([
-        float(np.mean([of[seed] for of in gains])) for seed in sorted(seeds)
-    ])  # fmt: skip
+    values = np.array([[of[seed] for seed in sorted(seeds)] for of in gains])
+    mean, low, high = wider_interval(values)
     finite = math.isfinite(low)
     command = f"python -m benchmarks.training.{situation.script}"
     return {

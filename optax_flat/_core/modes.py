@@ -102,10 +102,6 @@ class _Walker(NamedTuple):
 
     def consume(self, memory, progress, grads):
         """One gradient; `progress` is what `begin` returns."""
-        return self.step(memory, *self.transform(progress, grads))
-
-    def transform(self, progress, grads):
-        """The inner transformation's part of `consume`."""
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
         grads = trees.cast_like(grads, inner.point)
@@ -113,16 +109,11 @@ class _Walker(NamedTuple):
             grads, transform_state, inner.point
         )
         # Loops and conditionals need the same types before and after.
-        transform_state = trees.cast_like(new_transform_state, transform_state)
-        return (inner, transform_state, finite), grads
-
-    def step(self, memory, progress, grads):
-        """The walk's part of it."""
-        inner, transform_state, finite = progress
         new_inner = trees.cast_like(self.walk.step(memory, inner, grads), inner)
+        new_transform_state = trees.cast_like(new_transform_state, transform_state)
         if self.skip_nonfinite:
             finite &= trees.all_finite(new_inner)
-        return new_inner, transform_state, finite
+        return new_inner, new_transform_state, finite
 
     def finish(self, memory, inner, finite, first_point):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
@@ -224,7 +215,7 @@ def scanned(
     fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     num_groups = checks.integer("num_groups", num_groups, 1)
 
-    def grouped(function, *axes) -> Any:
+    def grouped(function, *axes):
         return function if num_groups == 1 else jax.vmap(function, axes)
 
     def of_groups(tree, grads):
@@ -258,20 +249,12 @@ def scanned(
         )
         layout.check(init, state, params)
         memory = state.memory
+        consume = functools.partial(walker.consume, memory)
+        progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
+        progress = of_groups(progress, updates)
+        taken: Any = 1
         batches = _check_batches(memory, batches, walk.length, num_groups)
-        given = of_groups(
-            grouped(walker.transform, None, 0)(walker.begin(memory, params), updates),
-            updates,
-        )
-
-        def begun():
-            progress = grouped(functools.partial(walker.step, memory), 0, 0)(*given)
-            return of_groups(progress, updates)
-
-        one = jnp.ones([], jnp.int32)
-        if walk.length == 1:
-            progress, taken = begun(), one
-        else:
+        if walk.length > 1:
             _check_placeholders(params, grad_fn or value_fn)
             threads_aux = has_aux or aux is not None
             gradient = _gradient_function(
@@ -282,33 +265,25 @@ def scanned(
                 point = trees.cast_like(progress[0].point, params)
                 grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
-                return walker.consume(memory, progress, grads), aux
+                return consume(progress, grads), aux
+
+            every = grouped(gradient_and_step, 0, None, 0)
 
             def go_on(progress, aux, batch):
-                every = grouped(gradient_and_step, 0, None, 0)
                 progress, aux = every(progress, aux, batch)
                 progress = of_groups(progress, updates)
                 return progress, trees.mean_of_groups(aux) if num_groups > 1 else aux
 
-            ends = _ends_of(walk, memory, num_groups)
-
-            def to_the_end():
-                progress, _, taken = _loop(
-                    _more_of(go_on, ends if walk.length > 2 else None),
-                    (begun(), aux, one),
-                    jnp.arange(walk.length - 1) if batches is None else batches,
-                    length=walk.length - 1,
-                    unroll=unroll,
-                    fast_convolutions=fast_convolutions,
-                )
-                return progress, taken
-
-            if ends is None:
-                progress, taken = to_the_end()
-            else:  # a branch makes its step itself: what goes into one is copied
-                progress, taken = either(
-                    ends(begun()), lambda: (begun(), one), to_the_end
-                )
+            if batches is None:
+                batches = jnp.arange(walk.length - 1)
+            progress, _, taken = _loop(
+                _more_of(walk, memory, go_on, num_groups),
+                (progress, aux, jnp.ones([], jnp.int32)),
+                batches,
+                length=walk.length - 1,
+                unroll=unroll,
+                fast_convolutions=fast_convolutions,
+            )
         inner, _, finite = progress
         if num_groups > 1:
             inner, finite = trees.mean_of_groups(inner), jnp.all(finite)
@@ -602,26 +577,15 @@ def difference(target: optax.Params, params: optax.Params) -> optax.Updates:
     )
 
 
-def _ends_of(walk, memory, num_groups):
-    """Whether a walk ends where it is, all groups together; None: never early."""
-    if walk.ends is None:
-        return None
-
-    def ends(progress):
-        inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
-        return walk.ends(memory, inner)
-
-    return ends
-
-
-def _more_of(go_on, ends):
+def _more_of(walk, memory, go_on, num_groups):
     """The body of the loop over a walk's further gradients, while it wants any."""
 
     def body(carry, batch):
         progress, aux, taken = carry
-        if ends is None:
+        if walk.ends is None:
             return (*go_on(progress, aux, batch), taken + 1), None
-        ended = ends(progress)
+        inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
+        ended = walk.ends(memory, inner)  # of all groups together
         progress, aux = either(ended, _stay, go_on, progress, aux, batch)
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
