@@ -40,6 +40,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
+from matplotlib.patches import Patch
 
 import optax_flat
 from benchmarks.harness import COLOURS, Row, Rows, parser, table, write_table
@@ -481,18 +482,20 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         1, len(models), figsize=size, sharey=True, layout="constrained", squeeze=False
     )
     panels = panels[0]
+    colours = dict(zip(loops, COLOURS, strict=False))
     for panel, model in zip(panels, models, strict=True):
-        for shift, (loop, colour) in enumerate(zip(loops, COLOURS, strict=False)):
+        own = [
+            k for k in loops if any((m, loop) == (model, k) for m, _, loop in measured)
+        ]
+        for shift, loop in enumerate(own):
             ratios = {}
             for row in rows:
                 of_model, name, of_loop = row["method"].split("/")
                 if (of_model, of_loop) == (model, loop):
-                    place = PROGRAMS.index(name) + width * (shift + 0.5) - 0.4
+                    place = PROGRAMS.index(name) + width * (shift - (len(own) - 1) / 2)
                     ratios.setdefault(place, []).append(row["ratio_to_sgd"])
             means = [np.mean(of_place) for of_place in ratios.values()]
-            bars = panel.barh(
-                list(ratios), means, 0.95 * width, color=colour, label=loop
-            )
+            bars = panel.barh(list(ratios), means, 0.95 * width, color=colours[loop])
             panel.bar_label(bars, fmt=" %.2f", fontsize=8)
         panel.axvline(1.0, color="silver", zorder=0)
         panel.set_title(model)
@@ -501,8 +504,10 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_yticks(range(len(PROGRAMS)), [p.replace("_", "\n") for p in PROGRAMS])
     panels[0].invert_yaxis()
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=4, frameon=False)
+    handles = [Patch(color=colour, label=loop) for loop, colour in colours.items()]
+    figure.legend(
+        handles=handles, loc="outside upper center", ncols=len(loops), frameon=False
+    )
     figure.savefig(path, dpi=200)
     plt.close(figure)
 
