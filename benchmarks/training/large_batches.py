@@ -52,7 +52,7 @@ SIZES = {
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
     options, sizes = options_and_sizes(
-        __doc__, METHODS, SIZES, seeds=3, name="large_batches"
+        __doc__, METHODS, SIZES, seeds=5, name="large_batches"
     )
     data, images = prepared_file(options)
     # The first ones to train with, the next ones to tune with.

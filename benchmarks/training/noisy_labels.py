@@ -77,7 +77,7 @@ def spoilt(images: Images, count: int, percent: int, seed: int) -> Data:
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
     options, sizes = options_and_sizes(
-        __doc__, METHODS, SIZES, seeds=3, name="noisy_labels"
+        __doc__, METHODS, SIZES, seeds=5, name="noisy_labels"
     )
     data, images = prepared_file(options)
     known = networks(sizes.width)
