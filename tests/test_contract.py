@@ -721,7 +721,7 @@ INNER_TRANSFORMS = {
             or (
                 m.name not in KINDS_OF_WALKS and (inner, dtype) != ("clip", jnp.float32)
             )
-            or (dtype == jnp.bfloat16 and m.name not in {"sam", "entropy_sgd", "ivon"})
+            or (dtype == jnp.bfloat16 and m.name not in {"entropy_sgd", "ivon"})
             else [],
         )
         for m in METHODS
