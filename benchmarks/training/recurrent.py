@@ -259,7 +259,7 @@ def cell_of(name: str, text: Text, sizes: Sizes, *, spare: int = 0) -> Cell:
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
     options, sizes = options_and_sizes(
-        __doc__, METHODS, SIZES, seeds=3, name="recurrent"
+        __doc__, METHODS, SIZES, seeds=5, name="recurrent"
     )
     if options.smoke and not options.data:
         text, data = random_text(), "random"

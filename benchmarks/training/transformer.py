@@ -150,7 +150,7 @@ def vit(images: Images, sizes: Sizes) -> Cell:
 def main() -> None:
     """Runs what is missing, then writes tables, picture and summary."""
     options, sizes = options_and_sizes(
-        __doc__, METHODS, SIZES, seeds=3, name="transformer"
+        __doc__, METHODS, SIZES, seeds=5, name="transformer"
     )
     cells: list[Any] = []
     if options.smoke and not options.data:
