@@ -6,7 +6,8 @@ what the outer optimizer takes for a gradient:
     tx = optax_flat.sam(optax.adam(1e-3), descent=optax_flat.descent.surrogate_gap(0.4))
 
 Any rule goes with any rule of `optax_flat.ascent`. A rule may also say that an update
-can do without g_r (`reuse`, `when_large`): then it is not computed.
+can do without g_r (`reuse`, `when_large`): then neither it nor the perturbation is
+computed, and a rule of ascent with a state does not see that update's g.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, modes, trees
+from optax_flat._core import checks, trees
 from optax_flat._core.hyperparams import at
 
 
@@ -24,8 +25,7 @@ class Gradients(NamedTuple):
     """What a rule is given; trees in at least float32."""
 
     first: Any  # g; None for a rule that has no use for it
-    second: optax.Updates  # g_r; equal to g where `has_second` does not hold
-    has_second: Any  # bool, whether g_r was computed
+    second: optax.Updates  # g_r
 
 
 class Combined(NamedTuple):
@@ -45,12 +45,15 @@ class Descent(NamedTuple):
       keeps_first: whether it needs g, which takes a buffer.
       wants_second: `(state, g, count) -> bool []`, whether this update needs g_r; None
         is always.
+      alone: `(state, g, count) -> Combined`, what stands in the place of `combine`
+        where an update does without g_r; None if none does.
     """
 
     init: Callable[[optax.Params], Any]
     combine: Callable[[Any, Gradients, jax.Array], Combined]
     keeps_first: bool = True
     wants_second: Callable[[Any, optax.Updates, jax.Array], jax.Array] | None = None
+    alone: Callable[[Any, optax.Updates, jax.Array], Combined] | None = None
 
 
 class ReuseState(NamedTuple):
@@ -114,7 +117,7 @@ def surrogate_gap(
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_flat.descent import Gradients, surrogate_gap
-      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]), True)
+      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]))
       >>> surrogate_gap(0.5).combine((), grads, 0).gradient.tolist()
       [-0.5, 2.0]
     """
@@ -122,7 +125,7 @@ def surrogate_gap(
     checks.flag("minimize_perturbed", minimize_perturbed)
 
     def combine(state, grads, count):
-        g, g_r, _ = grads
+        g, g_r = grads
         a = at(alpha, count)
         if minimize_perturbed:
             across = _orthogonal(g, g_r)
@@ -154,14 +157,14 @@ def interpolated(alpha: optax.ScalarOrSchedule) -> Descent:
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_flat.descent import Gradients, interpolated
-      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]), True)
+      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]))
       >>> interpolated(0.5).combine((), grads, 0).gradient.tolist()
       [0.5, 1.5]
     """
     checks.number("alpha", alpha, 0.0)
 
     def combine(state, grads, count):
-        g, g_r, _ = grads
+        g, g_r = grads
         difference = optax.tree.sub(g_r, g)
         return Combined(_plus(g, at(alpha, count), difference), None, state)
 
@@ -196,7 +199,7 @@ def weighted(
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_flat.descent import Gradients, weighted
-      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]), True)
+      >>> grads = Gradients(jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0]))
       >>> weighted(0.75).combine((), grads, 0).gradient.tolist()
       [-2.0, 4.0]
     """
@@ -205,7 +208,7 @@ def weighted(
         checks.number("learning_rate", learning_rate, 0.0)
 
     def combine(state, grads, count):
-        g, g_r, _ = grads
+        g, g_r = grads
         weight = at(gamma, count)
         weight = weight / (1 - weight)
         sharpness = optax.tree.sub(g_r, g)
@@ -229,14 +232,14 @@ def renormalized() -> Descent:
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_flat.descent import Gradients, renormalized
-      >>> grads = Gradients(jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]), True)
+      >>> grads = Gradients(jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0]))
       >>> renormalized().combine((), grads, 0).gradient.tolist()
       [0.0, 5.0]
     """
 
     def combine(state, grads, count):
         del count
-        g, g_r, _ = grads
+        g, g_r = grads
         size, length = trees.norm(g_r), trees.norm(g)
         sane = (size > 0) & jnp.isfinite(size) & jnp.isfinite(length)
         factor = jnp.where(sane, length / jnp.where(sane, size, 1.0), 1.0)
@@ -292,33 +295,23 @@ def reuse(period: int, alpha: optax.ScalarOrSchedule) -> Descent:
         del state, g
         return count % period == 0
 
-    def renew(state, g, g_r, count):
+    def combine(state, grads, count):
         del state, count
+        g, g_r = grads
         across = _orthogonal(g_r, g)
         # What is left of parallel gradients is rounding, not a direction.
         size = trees.norm(across)
         rounding = 100 * float(jnp.finfo(jnp.float32).eps) * trees.norm(g_r)
-        return g_r, ReuseState(across, jnp.where(size > rounding, size, 0.0))
+        state = ReuseState(across, jnp.where(size > rounding, size, 0.0))
+        return Combined(g_r, None, state)
 
-    def recall(state, g, g_r, count):
-        del g_r
+    def alone(state, g, count):
         size = state.size
         factor = jnp.where(size > 0, trees.norm(g) / jnp.where(size > 0, size, 1.0), 0)
         factor = at(alpha, count) * jnp.where(jnp.isfinite(factor), factor, 0.0)
-        return _plus(g, factor, state.direction), state
+        return Combined(_plus(g, factor, state.direction), None, state)
 
-    def combine(state, grads, count):
-        g, g_r, fresh = grads
-
-        def typed(rule):  # both with the same types
-            return lambda *given: trees.cast_like(rule(*given), (g, state))
-
-        gradient, after = modes.either(
-            fresh, typed(renew), typed(recall), state, g, g_r, count
-        )
-        return Combined(gradient, None, after)
-
-    return Descent(init, combine, wants_second=wants_second)
+    return Descent(init, combine, wants_second=wants_second, alone=alone)
 
 
 def when_large(
@@ -378,7 +371,11 @@ def when_large(
         _, after = moved(state, grads.first, count)
         return Combined(grads.second, None, after)
 
-    return Descent(init, combine, wants_second=wants_second)
+    def alone(state, g, count):
+        _, after = moved(state, g, count)
+        return Combined(g, None, after)
+
+    return Descent(init, combine, wants_second=wants_second, alone=alone)
 
 
 def _no_state(params):

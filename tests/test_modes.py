@@ -364,6 +364,26 @@ def test_a_walk_cannot_forget_that_it_was_nonfinite(mode, adapter, position):
     assert_close(run.params, train(tx, mode, ragged_params(), data[:1]).params)
 
 
+@pytest.mark.parametrize(
+    ("mode", "adapter"), [("scanned", scanned), ("transparent", transparent)]
+)
+def test_a_move_to_nowhere_is_skipped(mode, adapter):
+    """Points that overflow, of gradients that do not."""
+    walk = descent_by_moves()
+    far = walk._replace(
+        move=lambda memory, inner: inner._replace(
+            point=optax.tree.scale(jnp.where(memory == 2, jnp.inf, 1.0), inner.ahead)
+        ),
+    )  # fmt: skip
+    run = train(
+        adapter(far, skip_nonfinite=True), mode, ragged_params(), batches(4, 4)
+    )  # fmt: skip
+    (state,) = states(run.state, (optax_flat.ScannedState, optax_flat.TransparentState))
+    assert int(state.skipped) == 2
+    plain = train(adapter(walk), mode, ragged_params(), batches(4, 4)[:2])
+    assert_close(run.params, plain.params)
+
+
 def test_unused_branch_does_not_leak():
     """Transparent mode without a guard: a NaN in the middle of a walk is not in the
     outer moments before the walk ends, although both branches see it."""
@@ -534,12 +554,39 @@ def descent_of_1_to_4():
     )  # fmt: skip
 
 
+class Halting(NamedTuple):
+    """The descent, whose point follows where another gradient is wanted."""
+
+    point: optax.Params
+    ahead: optax.Params
+    taken: jax.Array
+
+
+def descent_by_moves():
+    """The same, with the point moved apart from the step."""
+    walk = descent_of_1_to_4()
+
+    def step(memory, inner, grads):
+        short = walk.step(memory, Short(inner.point, inner.taken), grads)
+        return Halting(inner.point, *short)
+
+    return walk._replace(
+        start=lambda memory, params: Halting(params, params, jnp.zeros([], jnp.int32)),
+        step=step,
+        finish=lambda memory, inner, params: (
+            optax.tree.sub(inner.ahead, params), memory + 1
+        ),
+        move=lambda memory, inner: inner._replace(point=inner.ahead),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [descent_of_1_to_4, descent_by_moves])
 @pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize(
     ("mode", "adapter"), [("scanned", scanned), ("transparent", transparent)]
 )
-def test_a_walk_may_end_after_any_gradient(mode, adapter, jit):
-    data, tx = batches(5, 4), adapter(descent_of_1_to_4())
+def test_a_walk_may_end_after_any_gradient(mode, adapter, jit, make):
+    data, tx = batches(5, 4), adapter(make())
     with jax.disable_jit(not jit):
         run = train(tx, mode, ragged_params(), data)
     expected = ragged_params()

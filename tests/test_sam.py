@@ -150,6 +150,29 @@ def test_skipped_gradients_are_not_computed():
 
 
 @pytest.mark.parametrize("mode", ["scanned", "transparent"])
+def test_skipped_perturbations_are_not_computed(mode):
+    """Nor does a rule of ascent with a state move on."""
+    calls = []
+
+    def update(grads, count, params=None):
+        jax.debug.callback(lambda: calls.append(None))
+        return grads, count + 1
+
+    rule = optax.GradientTransformation(lambda params: jnp.int32(0), update)
+    reuse = descent.reuse(period=4, alpha=0.5)
+    tx = optax_flat.sam(SGD, rho=0.1, ascent=rule, descent=reuse, mode=mode)
+    run = train(tx, mode, ragged_params(), jnp.repeat(batches(8, 1), 2, axis=1))
+    jax.effects_barrier()
+    assert len(calls) == int(run.state.memory.ascent_state) == 2
+
+
+def test_a_rule_that_does_without_says_what_it_makes_of_g():
+    rule = descent.reuse(period=4, alpha=0.5)._replace(alone=None)
+    with pytest.raises(ValueError, match="both `wants_second` and `alone`.*alone=None"):
+        optax_flat.sam(SGD, descent=rule)
+
+
+@pytest.mark.parametrize("mode", ["scanned", "transparent"])
 def test_period_one_is_sam(mode):
     data = jnp.repeat(batches(4, 1), 2, axis=1)
     looked = train(
@@ -238,7 +261,7 @@ def test_descent_must_be_a_rule():
 def test_gsam_can_minimize_the_plain_loss():
     g, g_r = jnp.array([1.0, 1.0]), jnp.array([0.0, 2.0])
     rule = descent.surrogate_gap(0.5, minimize_perturbed=False)
-    combined = rule.combine((), descent.Gradients(g, g_r, True), 0)
+    combined = rule.combine((), descent.Gradients(g, g_r), 0)
     assert_close(combined.gradient, g + 0.5 * jnp.array([-1.0, 1.0]))
 
 

@@ -115,6 +115,16 @@ class _Walker(NamedTuple):
             finite &= trees.all_finite(new_inner)
         return new_inner, new_transform_state, finite
 
+    def move(self, memory, progress):
+        """To the next point, where another gradient follows."""
+        if self.walk.move is None:
+            return progress
+        inner, transform_state, finite = progress
+        moved = trees.cast_like(self.walk.move(memory, inner), inner)
+        if self.skip_nonfinite:
+            finite &= trees.all_finite(moved)
+        return moved, transform_state, finite
+
     def finish(self, memory, inner, finite, first_point):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
         updates, new_memory = self.walk.finish(memory, inner, first_point)
@@ -262,6 +272,7 @@ def scanned(
             )
 
             def gradient_and_step(progress, aux, batch):
+                progress = walker.move(memory, progress)
                 point = trees.cast_like(progress[0].point, params)
                 grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
@@ -380,9 +391,14 @@ def transparent(
             state.step == 0, trees.cast_like(begun, kept), kept
         )
         progress = walker.consume(memory, progress, updates)
+        last = state.step == walk.length - 1
+        if walk.ends is not None:
+            last |= walk.ends(memory, progress[0])
+        if walk.move is not None:
+            progress = either(last, _as_it_is, walker.move, memory, progress)
         inner, _, finite = progress
 
-        def move(memory, inner, finite, first_point, params):
+        def go_on(memory, inner, finite, first_point, params):
             here = trees.cast_like(params, inner.point)
             target = trees.where(finite, inner.point, here)
             return difference(target, params), memory, jnp.zeros([], jnp.int32)
@@ -392,11 +408,8 @@ def transparent(
             target = optax.apply_updates(first_point, updates)
             return difference(target, params), memory, skipped
 
-        last = state.step == walk.length - 1
-        if walk.ends is not None:
-            last |= walk.ends(memory, inner)
         updates, memory, skipped = either(
-            last, outer_update, move, memory, inner, finite, first_point, params
+            last, outer_update, go_on, memory, inner, finite, first_point, params
         )
         return updates, TransparentState(
             trees.saturating_add(state.gradient_evaluations, 1),
@@ -590,6 +603,11 @@ def _more_of(walk, memory, go_on, num_groups):
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
     return body
+
+
+def _as_it_is(memory, progress):
+    del memory
+    return progress
 
 
 def _stay(progress, aux, batch):

@@ -21,6 +21,7 @@ class Walk(NamedTuple):
         inner = walk.start(memory, params)
         repeat walk.length times:
             inner = walk.step(memory, inner, gradient at inner.point)
+            inner = walk.move(memory, inner), but for the last gradient
         updates, memory = walk.finish(memory, inner, params)
 
     Attributes:
@@ -30,12 +31,15 @@ class Walk(NamedTuple):
       start: `(memory, params) -> inner`. The state within one outer update, a
         NamedTuple with a field `point`: where the next gradient is wanted. The first
         point must be `params`.
-      step: `(memory, inner, grads) -> inner`. Consumes one gradient, moves the point.
+      step: `(memory, inner, grads) -> inner`. Consumes one gradient, and may move the
+        point.
       finish: `(memory, inner, params) -> (updates, memory)`. Updates are added to
         `params`, which then stand on the first point of the next walk.
       ends: `(memory, inner) -> bool []`, asked after each gradient but the last:
         whether the walk needs no more of them this time. None is never. What is not
         needed is not computed in scanned mode, and not asked for in transparent mode.
+      move: `(memory, inner) -> inner`. Moves the point where another gradient follows:
+        the place for what only that one needs. None is nothing: `step` has done it.
 
     A method whose first point is not its *anchor* (the params to evaluate and to save)
     gives its memory a field `offset`, a tree like the params: anchor minus first point
@@ -77,3 +81,4 @@ class Walk(NamedTuple):
     step: Callable[[Any, Any, optax.Updates], Any]
     finish: Callable[[Any, Any, optax.Params], tuple[optax.Updates, Any]]
     ends: Callable[[Any, Any], jax.Array] | None = None
+    move: Callable[[Any, Any], Any] | None = None

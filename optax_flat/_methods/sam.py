@@ -71,7 +71,7 @@ class _Inner(NamedTuple):
 
     taken: jax.Array  # int32, [], gradients consumed
     point: optax.Params
-    first: Any  # the gradient at the params; None where the rule does not need it
+    first: Any  # that at the params, once there is another; None where not needed
     latest: optax.Updates
     ascent_state: Any
 
@@ -116,7 +116,8 @@ def sam(
       An `optax.GradientTransformationExtraArgs`.
 
     Raises:
-      ValueError: an argument outside the range given above.
+      ValueError: an argument outside the range given above; or a rule of `descent` with
+        only one of `wants_second` and `alone`.
       TypeError: an argument of the wrong type.
 
     Example:
@@ -149,6 +150,12 @@ def sam(
             "`descent` must be a rule of optax_flat.descent such as "
             f"descent.surrogate_gap(0.4), got {descent!r}."
         )
+    if (descent.wants_second is None) != (descent.alone is None):
+        raise ValueError(
+            "a rule of `descent` needs both `wants_second` and `alone`, what it makes "
+            "of g where no g_r is wanted, or neither: got "
+            f"wants_second={descent.wants_second!r} and alone={descent.alone!r}."
+        )
     walk = _walk(
         outer,
         ascent,
@@ -174,41 +181,61 @@ def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
         return _Inner(jnp.zeros([], jnp.int32), w, first, zeros, memory.ascent_state)
 
     def step(memory, inner, grads):
-        # The same program for both gradients; only the first one moves the point.
-        is_first = inner.taken == 0
+        del memory
+        return inner._replace(taken=inner.taken + 1, latest=grads)
+
+    def move(memory, inner):
+        grads = inner.latest
         a, ascent_state = ascent.update(
-            _selected(grads, mask, inner.point), memory.ascent_state, inner.point
+            _selected(grads, mask, inner.point), inner.ascent_state, inner.point
         )
         radius = at(rho, memory.count)
-        there = jax.tree.map(lambda w, a: w + radius * a, inner.point, a)
         return _Inner(
-            inner.taken + 1,
-            trees.where(is_first, trees.cast_like(there, inner.point), inner.point),
-            trees.where(is_first, grads, inner.first) if descent.keeps_first else None,
+            inner.taken,
+            jax.tree.map(lambda w, a: w + radius * a, inner.point, a),
+            grads if descent.keeps_first else None,
             grads,
-            trees.where(is_first, ascent_state, inner.ascent_state),
+            ascent_state,
         )
 
+    def combined(memory, inner):
+        grads = descents.Gradients(inner.first, inner.latest)
+        state = memory.descent_state
+        made = descent.combine(state, grads, memory.count)
+        return _typed(made, inner.latest, state)
+
+    def alone(memory, inner):
+        state, g = memory.descent_state, inner.latest
+        return _typed(descent.alone(state, g, memory.count), g, state)
+
     def finish(memory, inner, params):
-        grads = descents.Gradients(inner.first, inner.latest, inner.taken > 1)
-        gradient, shift, state = descent.combine(
-            memory.descent_state, grads, memory.count
-        )
+        if descent.wants_second is None:
+            gradient, shift, state = combined(memory, inner)
+        else:
+            gradient, shift, state = modes.either(
+                inner.taken > 1, combined, alone, memory, inner
+            )
         w = trees.accumulator(params, accumulator_dtype)
-        updates, outer_state = outer.update(
-            trees.cast_like(gradient, w), memory.outer_state, w
-        )
+        updates, outer_state = outer.update(gradient, memory.outer_state, w)
         if shift is not None:
             updates = optax.tree.add(updates, shift)
         count = jnp.asarray(optax.safe_increment(memory.count))
         return updates, SAMState(count, outer_state, inner.ascent_state, state)
 
     def ends(memory, inner):
-        wanted = descent.wants_second(memory.descent_state, inner.first, memory.count)
+        wanted = descent.wants_second(memory.descent_state, inner.latest, memory.count)
         return jnp.logical_not(wanted)
 
-    return Walk(
-        2, init, start, step, finish, None if descent.wants_second is None else ends
+    if descent.wants_second is None:
+        return Walk(2, init, start, step, finish, move=move)
+    return Walk(2, init, start, step, finish, ends, move)
+
+
+def _typed(made, grads, state):
+    """What a rule made, in the types of the gradients and of its state."""
+    shift = made.shift if made.shift is None else trees.cast_like(made.shift, grads)
+    return descents.Combined(
+        trees.cast_like(made.gradient, grads), shift, trees.cast_like(made.state, state)
     )
 
 
