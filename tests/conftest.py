@@ -25,6 +25,10 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import jax  # noqa: E402 - reads the environment
 import pytest  # noqa: E402
 
+# Tracing makes millions of small objects: looking for cycles among them as often as
+# usual takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
+
 
 def pytest_sessionfinish():
     """Leaves nothing to collect: xdist interrupts a worker that needs 5 s to end."""
