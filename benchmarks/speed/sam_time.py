@@ -30,8 +30,8 @@ import numpy as np
 import optax
 
 import optax_flat
-from benchmarks.harness import COLOURS, Rows, parser, table, write_table
-from benchmarks.speed.step_time import SMOKE, Sizes, loss, objective, problem
+from benchmarks.harness import COLOURS, Rows, table, write_table
+from benchmarks.speed.step_time import loss, objective, options_and_sizes, problem
 from optax_flat._core.noise import draw
 
 RATE = 0.1
@@ -315,13 +315,7 @@ def main() -> None:
         name for name in NAMES
         if name != "torch_sam" or importlib.util.find_spec("pytorch_optimizer")
     ]  # fmt: skip
-    options_of = parser(__doc__, available, seeds=3, out="out/sam_time", data=False)
-    batch = Sizes().batch
-    options_of.add_argument("--batch", type=int, metavar="N", help=f"({batch})")
-    options = options_of.parse_args()
-    sizes = SMOKE if options.smoke else Sizes()
-    if options.batch is not None:
-        sizes = sizes._replace(batch=options.batch)
+    options, sizes = options_and_sizes(__doc__, available, "out/sam_time")
     rows = Rows(options.out, {**sizes._asdict(), "rate": RATE})
     for _, seed in rows.pending(options.methods, range(options.seeds)):
         missing = [name for name in options.methods if (name, seed) not in rows]

@@ -1,4 +1,4 @@
-"""What an update of Entropy-SGD costs: time, compilation, memory.
+r"""What an update of Entropy-SGD costs: time, compilation, memory.
 
 Time. An outer update of L = 20 gradients, without noise and with each kind of it, is
 compared on random data with 20 steps of plain gradient descent (bare: no optimizer can
@@ -25,8 +25,12 @@ The objective beside each time is the mean loss over the minibatches after the u
 On a CPU most of the script's time goes into ResNet-20 and into what is untouched.
 
     python -m benchmarks.speed.step_time
+    python -m benchmarks.speed.step_time --batch 4 --seeds 10 --methods \
+        lenet/entropy/scan,lenet/entropy/products,lenet/entropy/torch \
+        --out out/step_time/batch_4
 """
 
+import argparse
 import functools
 import importlib.util
 import os
@@ -512,13 +516,26 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     plt.close(figure)
 
 
+def options_and_sizes(
+    doc: str | None, methods: Sequence[str], out: str
+) -> tuple[argparse.Namespace, Sizes]:
+    """The command line of a script that measures times, with the minibatch's size."""
+    options_of = parser(doc, methods, seeds=3, out=out, data=False)
+    batch = Sizes().batch
+    options_of.add_argument("--batch", type=int, metavar="N", help=f"({batch})")
+    options = options_of.parse_args()
+    sizes = SMOKE if options.smoke else Sizes()
+    if options.batch is not None:
+        sizes = sizes._replace(batch=options.batch)
+    return options, sizes
+
+
 def main() -> None:
     """Measures what is missing, then writes table and picture."""
-    known = method_names(Sizes())
-    options_of = parser(__doc__, known, seeds=3, out="out/step_time", data=False)
-    options = options_of.parse_args()
+    options, sizes = options_and_sizes(
+        __doc__, method_names(Sizes()), "out/step_time"
+    )  # fmt: skip
     jax.config.update("jax_enable_compilation_cache", False)
-    sizes = SMOKE if options.smoke else Sizes()
     methods = [m for m in options.methods if m in method_names(sizes)]
     if importlib.util.find_spec("torch") is None:
         methods = [m for m in methods if not m.endswith("/torch")]
