@@ -310,6 +310,17 @@ def test_perturbation_per_device_is_a_group_per_device(check_vma, kind):
     assert max(jax.tree.leaves(difference)) > 1e-3
 
 
+def test_each_device_may_decide_for_itself():
+    """AE-SAM by the norms of the devices' own gradients, which the checks let pass."""
+    rule = optax_flat.descent.when_large(0.9, 0.0)
+    tx = optax_flat.sam(optax.chain(AVERAGE, SGD), rho=0.5, descent=rule)
+    found = [by_hand(tx, check, 3, jax.grad(loss)) for check in (True, False)]
+    assert_close(*found)
+    alone = by_hand(optax.chain(AVERAGE, SGD), False, 3, jax.grad(loss))
+    assert max(jax.tree.leaves(jax.tree.map(
+        lambda a, b: jnp.abs(a - b).max(), found[0], alone))) > 1e-3  # fmt: skip
+
+
 @pytest.mark.parametrize("kind", ["Auto", "Explicit"])
 def test_groups_walk_without_the_others(kind):
     """One all-reduce of the params' size per update, not one for each gradient."""

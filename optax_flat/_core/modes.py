@@ -395,7 +395,9 @@ def transparent(
         if walk.ends is not None:
             last |= walk.ends(memory, progress[0])
         if walk.move is not None:
-            progress = either(last, _as_it_is, walker.move, memory, progress)
+            # Selected, not branched: a branch copies all that goes through it.
+            moved = walker.move(memory, progress)
+            progress = trees.where(last, progress, moved)
         inner, _, finite = progress
 
         def go_on(memory, inner, finite, first_point, params):
@@ -603,11 +605,6 @@ def _more_of(walk, memory, go_on, num_groups):
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
 
     return body
-
-
-def _as_it_is(memory, progress):
-    del memory
-    return progress
 
 
 def _stay(progress, aux, batch):

@@ -172,7 +172,7 @@ def spread_like(tree: Any, like: Any) -> Any:
     return jax.tree.map(spread, tree)
 
 
-def where(condition: jax.Array, on_true: Any, on_false: Any) -> Any:
+def where(condition: jax.Array | bool, on_true: Any, on_false: Any) -> Any:
     """`on_true` if the scalar condition holds, else `on_false`, leaf by leaf."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 

@@ -182,7 +182,14 @@ def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
 
     def step(memory, inner, grads):
         del memory
-        return inner._replace(taken=inner.taken + 1, latest=grads)
+        # Chosen before the program runs; in `jax.shard_map` the types vary over devices
+        # as the gradient's from here on, whether there is a second one or not.
+        point, first = trees.where(True, inner.point, grads), inner.first
+        if descent.keeps_first:
+            first = trees.where(True, first, grads)
+        return inner._replace(
+            taken=inner.taken + 1, point=point, first=first, latest=grads
+        )
 
     def move(memory, inner):
         grads = inner.latest
