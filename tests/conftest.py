@@ -27,7 +27,7 @@ import pytest  # noqa: E402
 
 # Tracing makes millions of small objects: looking for cycles among them as often as
 # usual takes a tenth of the time.
-gc.set_threshold(200_000, 20, 100)
+gc.set_threshold(100_000, 10, 10)
 
 
 def pytest_sessionfinish():
