@@ -194,15 +194,18 @@ def flag(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def transformation(name: str, value: Any) -> optax.GradientTransformation:
-    """An Optax gradient transformation."""
+def transformation(name: str, value: Any) -> optax.GradientTransformationExtraArgs:
+    """An Optax gradient transformation, as one that takes extra arguments."""
+    if isinstance(value, optax.MultiSteps):
+        # Its own `gradient_transformation` would cut extra arguments off.
+        return optax.GradientTransformationExtraArgs(value.init, value.update)
     if not isinstance(value, optax.GradientTransformation):
         raise TypeError(
             f"`{name}` must be an optax.GradientTransformation such as "
             f"optax.clip_by_global_norm(1.0), got {value!r} of type "
             f"{type(value).__name__}."
         )
-    return value
+    return optax.with_extra_args_support(value)
 
 
 def float_params(params: Any) -> None:

@@ -7,9 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import trees
+from optax_flat._core import checks, trees
 from optax_flat._core.functions import FUNCTIONS, translated
-from optax_flat._core.modes import with_extra_args
 
 
 def masked(
@@ -50,7 +49,7 @@ def masked(
       >>> float(updates["frozen"]), bool(updates["trained"] < 0)
       (0.0, True)
     """
-    inner = with_extra_args(inner)
+    inner = checks.transformation("inner", inner)
 
     def select(tree, like):
         flags = mask(like) if callable(mask) else mask

@@ -7,6 +7,7 @@ wants the next one, so that any training loop works unchanged. Both call the sam
 """
 
 import functools
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,6 +18,7 @@ import optax
 
 from optax_flat._core import checks, convolutions, layout, trees
 from optax_flat._core.arguments import LoopArguments
+from optax_flat._core.functions import translated
 from optax_flat._core.walk import Walk
 
 MODES = ("scanned", "transparent")
@@ -74,61 +76,89 @@ class TransparentState(NamedTuple):
     memory: Any  # the walk's own state between outer updates
     # All below belongs to the current walk.
     step: jax.Array  # int32, [], gradients consumed in this walk, in [0, length)
-    first_point: optax.Params  # where the walk started, in the params' dtype
+    # Where the walk started, in at least float32. Between walks, for params in 16 bits,
+    # how far from there they are: the last step, to a place that has more digits than
+    # the step, can miss it by more than rounding may.
+    first_point: optax.Params
     inner: Any  # the walk's state
     inner_transform_state: optax.OptState
     finite: jax.Array  # bool, [], nothing became non-finite (always with no guard)
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """The anchor, whatever point of the walk the params stand on."""
-        at_start = self.step == 0
-        first_point = trees.map_selected(
-            lambda first, p: jnp.where(at_start, p, first), self.first_point, params
-        )
-        return _anchor(self.memory, first_point)
+        return _anchor(self.memory, _first_point(self, params))
+
+
+class _Progress(NamedTuple):
+    """A walk under way."""
+
+    inner: Any  # the walk's state
+    transform_state: optax.OptState  # of the inner transformation
+    finite: jax.Array  # bool, [], nothing became non-finite (always with no guard)
 
 
 class _Walker(NamedTuple):
-    """A walk with its inner transformation: what both modes do with one gradient."""
+    """A walk with its inner transformation: what both modes do with one gradient.
+
+    Entries of the params that are not finite, as in a mask of -inf among them, stay as
+    they are: the walk sees zeros there, and the model what it had.
+    """
 
     walk: Walk
-    inner_transform: optax.GradientTransformation
+    inner_transform: optax.GradientTransformationExtraArgs
     skip_nonfinite: bool
 
-    def begin(self, memory, params):
-        inner = trees.arrays(self.walk.start(memory, params))
-        transform_state = trees.arrays(self.inner_transform.init(inner.point))
-        return inner, transform_state, jnp.array(True)
+    def init(self, params):
+        memory = trees.arrays(self.walk.init(_finite(params)))
+        if states(memory, ScannedState | TransparentState):
+            raise ValueError(
+                "`outer` is a walk of several gradients itself, and would be given one "
+                "of them per update. Give the walk an optimizer of one gradient, such "
+                "as optax.sgd(0.1), or chain what the two do into one method."
+            )
+        return memory
 
-    def consume(self, memory, progress, grads):
-        """One gradient; `progress` is what `begin` returns."""
+    def begin(self, memory, params):
+        inner = trees.arrays(self.walk.start(memory, _finite(params)))
+        transform_state = trees.arrays(self.inner_transform.init(inner.point))
+        return _Progress(inner, transform_state, jnp.array(True))
+
+    def consume(self, memory, first_point, extra_args, progress, grads):
+        """One gradient."""
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
-        grads = trees.cast_like(grads, inner.point)
+        grads = trees.cast_like(_where_finite(first_point, grads), inner.point)
         grads, new_transform_state = self.inner_transform.update(
-            grads, transform_state, inner.point
+            grads, transform_state, inner.point, **extra_args
         )
         # Loops and conditionals need the same types before and after.
-        new_inner = trees.cast_like(self.walk.step(memory, inner, grads), inner)
+        more = extra_args if _takes_extra_args(self.walk.step) else {}
+        new_inner = self.walk.step(memory, inner, grads, **more)
+        new_inner = trees.cast_like(new_inner, inner)
         new_transform_state = trees.cast_like(new_transform_state, transform_state)
         if self.skip_nonfinite:
             finite &= trees.all_finite(new_inner)
-        return new_inner, new_transform_state, finite
+        return _Progress(new_inner, new_transform_state, finite)
 
     def move(self, memory, progress):
         """To the next point, where another gradient follows."""
         if self.walk.move is None:
             return progress
-        inner, transform_state, finite = progress
-        moved = trees.cast_like(self.walk.move(memory, inner), inner)
+        moved = self.walk.move(memory, progress.inner)
+        moved = trees.cast_like(moved, progress.inner)
+        finite = progress.finite
         if self.skip_nonfinite:
             finite &= trees.all_finite(moved)
-        return moved, transform_state, finite
+        return progress._replace(inner=moved, finite=finite)
 
-    def finish(self, memory, inner, finite, first_point):
+    def finish(self, memory, progress, first_point, extra_args):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
-        updates, new_memory = self.walk.finish(memory, inner, first_point)
-        updates = trees.cast_like(updates, first_point)
+        inner, _, finite = progress
+        more = extra_args if _takes_extra_args(self.walk.finish) else {}
+        updates, new_memory = self.walk.finish(
+            memory, inner, _finite(first_point), **more
+        )
+        updates = trees.cast_like(_where_finite(first_point, updates), first_point)
         new_memory = trees.cast_like(new_memory, memory)
         if not self.skip_nonfinite:
             return updates, new_memory, jnp.zeros([], jnp.int32)
@@ -238,8 +268,7 @@ def scanned(
         checks.float_params(params)
         zero = jnp.zeros([], jnp.int32)
         params = trees.concrete(params)
-        memory = trees.arrays(walk.init(params))
-        return trees.copy(ScannedState(zero, zero, memory), params)
+        return trees.copy(ScannedState(zero, zero, walker.init(params)), params)
 
     def update(
         updates,
@@ -249,17 +278,17 @@ def scanned(
         grad_fn=None,
         batches=None,
         aux=None,
-        value_fn=None,
         **extra_args,
     ):
-        del extra_args
         checks.float_params(params)
         checks.same_structure(
             "The gradient given to `update`", updates, params, num_groups=num_groups
         )
         layout.check(init, state, params)
         memory = state.memory
-        consume = functools.partial(walker.consume, memory)
+        value_fn = extra_args.get("value_fn")
+        extra_args = _for_walk(extra_args, params, num_groups)
+        consume = functools.partial(walker.consume, memory, params, extra_args)
         progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
         progress = of_groups(progress, updates)
         taken: Any = 1
@@ -273,8 +302,8 @@ def scanned(
 
             def gradient_and_step(progress, aux, batch):
                 progress = walker.move(memory, progress)
-                point = trees.cast_like(progress[0].point, params)
-                grads, aux = gradient(point, batch, aux)
+                point = trees.cast_like(progress.inner.point, params)
+                grads, aux = gradient(_where_finite(params, point, params), batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
                 return consume(progress, grads), aux
 
@@ -295,10 +324,10 @@ def scanned(
                 unroll=unroll,
                 fast_convolutions=fast_convolutions,
             )
-        inner, _, finite = progress
         if num_groups > 1:
-            inner, finite = trees.mean_of_groups(inner), jnp.all(finite)
-        updates, memory, skipped = walker.finish(memory, inner, finite, params)
+            inner, finite = trees.mean_of_groups(progress.inner), progress.finite
+            progress = progress._replace(inner=inner, finite=jnp.all(finite))
+        updates, memory, skipped = walker.finish(memory, progress, params, extra_args)
         return updates, ScannedState(
             trees.saturating_add(state.gradient_evaluations, taken),
             trees.saturating_add(state.skipped, skipped),
@@ -365,10 +394,11 @@ def transparent(
     def fresh(params):
         checks.float_params(params)
         params = trees.concrete(params)
-        memory = trees.arrays(walk.init(params))
+        memory = walker.init(params)
         zero = jnp.zeros([], jnp.int32)
+        nothing = optax.tree.zeros_like(trees.accumulator(params))
         return TransparentState(
-            zero, zero, memory, zero, params, *walker.begin(memory, params)
+            zero, zero, memory, zero, nothing, *walker.begin(memory, params)
         )
 
     def init(params):
@@ -379,46 +409,60 @@ def transparent(
     def update(
         updates, state, params=None, *, grad_fn=None, batches=None, **extra_args
     ):
-        del extra_args
         _check_no_walk(grad_fn=grad_fn, batches=batches)
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         layout.check(fresh, state, params)
         memory = state.memory
-        begun = (params, *walker.begin(memory, params))
-        kept = state[-4:]
-        first_point, *progress = trees.where(
-            state.step == 0, trees.cast_like(begun, kept), kept
-        )
-        progress = walker.consume(memory, progress, updates)
+        first_point = _first_point(state, params)
+        extra_args = _for_walk(extra_args, first_point)
+        kept = _Progress(state.inner, state.inner_transform_state, state.finite)
+        begun = trees.cast_like(walker.begin(memory, first_point), kept)
+        progress = trees.where(state.step == 0, begun, kept)
+        progress = walker.consume(memory, first_point, extra_args, progress, updates)
+        # A longer walk was under way when this state was saved. Its gradients are not
+        # for this one, which begins anew.
+        strayed = state.step >= walk.length
         last = state.step == walk.length - 1
         if walk.ends is not None:
-            last |= walk.ends(memory, progress[0])
+            last |= walk.ends(memory, progress.inner) & jnp.logical_not(strayed)
         if walk.move is not None:
             # Selected, not branched: a branch copies all that goes through it.
             moved = walker.move(memory, progress)
             progress = trees.where(last, progress, moved)
-        inner, _, finite = progress
 
-        def go_on(memory, inner, finite, first_point, params):
-            here = trees.cast_like(params, inner.point)
-            target = trees.where(finite, inner.point, here)
-            return difference(target, params), memory, jnp.zeros([], jnp.int32)
+        def go_on(memory, progress, first_point, params):
+            here, first = (trees.accumulator(x) for x in (params, first_point))
+            point = _within_reach(trees.cast_like(progress.inner.point, first), first)
+            target = trees.where(progress.finite, point, here)
+            target = trees.where(strayed, first, target)
+            return target, memory, jnp.zeros([], jnp.int32)
 
-        def outer_update(memory, inner, finite, first_point, params):
-            updates, memory, skipped = walker.finish(memory, inner, finite, first_point)
-            target = optax.apply_updates(first_point, updates)
-            return difference(target, params), memory, skipped
+        def outer_update(memory, progress, first_point, params):
+            del params
+            updates, memory, skipped = walker.finish(
+                memory, progress, first_point, extra_args
+            )
+            target = trees.accumulator(trees.applied(first_point, updates))
+            return target, memory, skipped
 
-        updates, memory, skipped = either(
-            last, outer_update, go_on, memory, inner, finite, first_point, params
+        target, memory, skipped = either(
+            last, outer_update, go_on, memory, progress, first_point, params
         )
-        return updates, TransparentState(
+        updates, there = trees.steps_to(target, params)
+        updates = _where_finite(first_point, updates)
+        ended = last | strayed
+        missed = _finite(optax.tree.sub(target, there))
+        first_point = trees.accumulator(first_point)
+        return trees.cast_like(updates, params), TransparentState(
             trees.saturating_add(state.gradient_evaluations, 1),
             trees.saturating_add(state.skipped, skipped),
             memory,
-            jnp.where(last, 0, state.step + 1).astype(jnp.int32),
-            first_point,
+            jnp.where(ended, 0, state.step + 1).astype(jnp.int32),
+            jax.tree.map(
+                lambda m, f, p: jnp.where(ended, m, f) if _is_narrow(p) else f,
+                missed, first_point, params,
+            ),
             *progress,
         )
 
@@ -521,13 +565,6 @@ def plain(tree: Any) -> Any:
     return tree if nnx is None else nnx.as_pure(tree)
 
 
-def with_extra_args(tx: Any) -> Any:
-    """`optax.with_extra_args_support`, which would cut them off from `MultiSteps`."""
-    if isinstance(tx, optax.MultiSteps):
-        return tx
-    return optax.with_extra_args_support(tx)
-
-
 def states(opt_state: optax.OptState, kind: Any) -> list[Any]:
     """All outermost states of a kind (a type or a union) in an optimizer's state."""
     leaves = jax.tree.leaves(opt_state, is_leaf=lambda x: isinstance(x, kind))
@@ -599,7 +636,9 @@ def _more_of(walk, memory, go_on, num_groups):
         progress, aux, taken = carry
         if walk.ends is None:
             return (*go_on(progress, aux, batch), taken + 1), None
-        inner = trees.mean_of_groups(progress[0]) if num_groups > 1 else progress[0]
+        inner = progress.inner
+        if num_groups > 1:
+            inner = trees.mean_of_groups(inner)
         ended = walk.ends(memory, inner)  # of all groups together
         progress, aux = either(ended, _stay, go_on, progress, aux, batch)
         return (progress, aux, jnp.where(ended, taken, taken + 1)), None
@@ -667,7 +706,7 @@ def _walker(walk, inner_transform, skip_nonfinite):
     checks.integer("walk.length", walk.length, 1)
     if inner_transform is None:
         inner_transform = optax.identity()
-    checks.transformation("inner_transform", inner_transform)
+    inner_transform = checks.transformation("inner_transform", inner_transform)
     return _Walker(walk, inner_transform, skip_nonfinite)
 
 
@@ -709,14 +748,79 @@ def _with_number(grad_fn, point, number, *aux):
     """`grad_fn` with the number of the gradient, where there are no `batches`."""
     try:
         return grad_fn(point, number, *aux)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise TypeError(
+    except Exception as error:
+        error.add_note(
             "`update` was given `grad_fn` without `batches`, so `grad_fn(params, i)` "
-            "got the number of the gradient, a traced int, as its batch, and raised "
-            f"{type(error).__name__}. Give `batches=`, the minibatches of all "
-            "gradients but the first, stacked along a leading axis, or a `grad_fn` "
-            "that looks its minibatch up by number."
-        ) from error
+            "got the number of the gradient, a traced int, as its batch. If it wants "
+            "minibatches, give `batches=`, those of all gradients but the first, "
+            "stacked along a leading axis."
+        )
+        raise
+
+
+def _takes_extra_args(function) -> bool:
+    """Whether it has a parameter such as ``**extra_args``."""
+    kinds = (p.kind for p in inspect.signature(function).parameters.values())
+    return inspect.Parameter.VAR_KEYWORD in kinds
+
+
+def _for_walk(extra_args, params, num_groups=1):
+    """Extra arguments for optimizers that see the params as a walk does."""
+
+    def to_caller(point):
+        return _where_finite(params, trees.cast_like(point, params), params)
+
+    arguments = translated(extra_args, to_caller, trees.accumulator)
+    if arguments.get("grad") is not None:
+        grads = arguments["grad"]
+        grads = trees.mean_of_groups(grads) if num_groups > 1 else grads
+        arguments["grad"] = trees.accumulator(_where_finite(params, grads))
+    return arguments
+
+
+def _finite(tree):
+    """Zeros in the place of what is NaN or infinite."""
+    return _where_finite(tree, tree)
+
+
+def _where_finite(params, tree, otherwise=None):
+    """`tree` where the params are finite, else zero or what another tree has."""
+    if otherwise is None:
+        otherwise = optax.tree.zeros_like(tree)
+
+    def select(p, x, o):
+        return jnp.where(jnp.isfinite(p), x, o)
+
+    return jax.tree.map(select, params, tree, otherwise)
+
+
+def _first_point(state, params):
+    """Where the walk of a `TransparentState` started, in the params' dtype."""
+
+    def place(kept, p):
+        back = (p.astype(kept.dtype) + kept).astype(p.dtype) if _is_narrow(p) else p
+        return jnp.where(state.step == 0, back, kept.astype(p.dtype))
+
+    return trees.map_selected(place, state.first_point, params)
+
+
+def _is_narrow(leaf) -> bool:
+    return jnp.finfo(leaf.dtype).bits < 32
+
+
+def _within_reach(point, first_point):
+    """The point, no farther from the first one than there is a way back from.
+
+    x + (first - x) is off by the spacing of numbers as large as x: here by less than
+    2^-20 of the entry, or of 1 where that is more.
+    """
+
+    def clip(x, first):
+        farthest = max(8.0, 2.0**-20 / float(jnp.finfo(x.dtype).eps))
+        reach = farthest * jnp.maximum(jnp.abs(first), 1.0)
+        return jnp.clip(x, first - reach, first + reach)
+
+    return jax.tree.map(clip, point, first_point)
 
 
 def _check_no_walk(**arguments):

@@ -118,7 +118,7 @@ def master_weights(
       Its loss scaling is a matter of the gradient, not of the optimizer: the page on
       mixed precision has the recipe.
     """
-    optimizer = _optimizer(inner)
+    optimizer = checks.transformation("inner", inner)
     dtype = checks.float_dtype("dtype", dtype) or jnp.float32
 
     def init(params):
@@ -210,7 +210,7 @@ def stochastic_rounding(
     Differs from the paper:
       Nothing for the params; activations and products are not ours to round.
     """
-    optimizer = _optimizer(inner)
+    optimizer = checks.transformation("inner", inner)
     key = checks.key(key)
 
     def init(params):
@@ -245,12 +245,6 @@ def stochastic_rounding(
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _optimizer(inner: Any) -> Any:
-    if not isinstance(inner, optax.MultiSteps):
-        checks.transformation("inner", inner)
-    return modes.with_extra_args(inner)
 
 
 def _check_no_exact_points(inner_state):

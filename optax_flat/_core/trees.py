@@ -1,6 +1,5 @@
 """Pytree helpers: dtypes, copies, norms and selections."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -61,6 +60,13 @@ def rounded_like(tree: Any, like: Any) -> Any:
         return jnp.where(jnp.abs(leaf) < float(theirs.tiny), subnormal, short)
 
     return jax.tree.map(rounded, tree, like)
+
+
+def applied(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates`, rounded to the params' dtype where XLA would not."""
+    wide = accumulator(params)
+    moved = jax.tree.map(lambda p, u: p + u.astype(p.dtype), wide, updates)
+    return cast_like(rounded_like(moved, params), params)
 
 
 def steps_to(point: Any, params: Any) -> tuple[Any, Any]:
@@ -214,13 +220,25 @@ def all_finite(tree: Any, before: Any = None) -> jax.Array:
         return jnp.all(jnp.logical_or(finite(leaf), excused))
 
     trees = (tree,) if before is None else (tree, before)
-    return jnp.all(jnp.array(jax.tree.leaves(jax.tree.map(is_fine, *trees)), bool))
+    fine = jax.tree.leaves(jax.tree.map(is_fine, *trees)) or [True]
+    return jnp.all(_of_leaves(fine))
 
 
 def vdot(a: Any, b: Any) -> jax.Array:
     """Inner product over the whole tree, summed in at least float32."""
     products = jax.tree.map(lambda x, y: jnp.sum(x * y), accumulator(a), accumulator(b))
-    return functools.reduce(jnp.add, jax.tree.leaves(products) or [jnp.zeros(())])
+    return jnp.sum(_of_leaves(jax.tree.leaves(products) or [jnp.zeros(())]))
+
+
+def _of_leaves(scalars: list[Any]) -> jax.Array:
+    """One number for each leaf, behind a barrier.
+
+    XLA would else copy the sum over all leaves into the program of every leaf that uses
+    it, which then grows with their square.
+    """
+    dtype = jnp.result_type(*scalars)
+    stacked = jnp.stack([jnp.asarray(x, dtype) for x in scalars])
+    return jax.lax.optimization_barrier(stacked)
 
 
 def norm(tree: Any) -> jax.Array:

@@ -324,7 +324,7 @@ def _averaging(inner, accumulator_dtype, begin, absorb):
     and the rule wants that one; `state.count` is still its index.
     """
     inner = optax.identity() if inner is None else inner
-    optimizer = optax.with_extra_args_support(checks.transformation("inner", inner))
+    optimizer = checks.transformation("inner", inner)
     checks.float_dtype("accumulator_dtype", accumulator_dtype)
 
     def init(params):

@@ -92,7 +92,7 @@ def functional_sam(
     Differs from the paper:
       Nothing known.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     checks.float_dtype("accumulator_dtype", accumulator_dtype)
     ascent = checks.transformation("ascent", rules.unit() if ascent is None else ascent)

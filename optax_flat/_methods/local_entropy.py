@@ -208,9 +208,11 @@ def _walk(
         seed = next_seed(inner.seed)
         return _Inner(inner.anchor, seed, point, mean, probe)
 
-    def finish(memory, inner, params):
+    def finish(memory, inner, params, **extra_args):
         d = optax.tree.sub(inner.anchor, averaged(memory, inner))
-        updates, outer_state = outer.update(d, memory.outer_state, inner.anchor)
+        updates, outer_state = outer.update(
+            d, memory.outer_state, inner.anchor, **extra_args
+        )
         report = memory.diagnostics
         if inner.probe is not None:
             g = inner.probe.first_gradient
@@ -296,7 +298,7 @@ def local_entropy(
       that is the paper's formula; above, the paper's walk overshoots and, from 2 on,
       diverges, which the default scoping reaches after 6,500 outer updates.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     numbers = _Hyperparams(*(arguments[name] for name in _Hyperparams._fields))
     checks.number("step_size", numbers.step_size, 0.0)
     checks.number("gamma", numbers.gamma, 0.0)

@@ -116,7 +116,7 @@ def lookbehind_sam(
       Nothing. The authors' code computes every gradient but the last twice, 2 k per
       update; its alpha of -1 is ``adaptive=True``.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     checks.number("alpha", alpha, 0.0, 1.0, open_low=True)
     num_steps = checks.integer("num_steps", num_steps, 1)
@@ -135,9 +135,11 @@ def lookbehind_sam(
         first = w if adaptive else None
         return _Inner(taken, w, w, first, memory.outer_state, memory.ascent_state)
 
-    def step(memory, inner, grads):
+    def step(memory, inner, grads, **extra_args):
         is_first = inner.taken == 0
-        steps, outer_state = outer.update(grads, inner.outer_state, inner.fast)
+        steps, outer_state = outer.update(
+            grads, inner.outer_state, inner.fast, **extra_args
+        )
         outer_state = trees.cast_like(outer_state, inner.outer_state)
         fast = optax.tree.add(inner.fast, steps)
         # The rule moves on once per update, as all else.

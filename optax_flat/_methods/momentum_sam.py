@@ -114,7 +114,7 @@ def momentum_sam(
       takes weight decay at the perturbed point: ours does with
       ``inner_transform=optax.add_decayed_weights(...)``, and at w in `outer`.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     accumulator_dtype = loop["accumulator_dtype"]
 

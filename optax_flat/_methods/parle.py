@@ -159,16 +159,15 @@ def elastic_averaging(
       SGD: that is `parle` with ``num_steps=tau``, learning rate and `averaging` 1,
       `gamma` 0, and the coupling times the step size.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("coupling", coupling, 0.0)
     checks.number("center_step", center_step, 0.0, 1.0, open_low=True)
     checks.float_dtype("accumulator_dtype", accumulator_dtype)
-    optimizer = optax.with_extra_args_support(outer)
 
     def init(params):
         checks.float_params(params)
         x = trees.accumulator(trees.concrete(params), accumulator_dtype)
-        outer_state = optimizer.init(x)
+        outer_state = outer.init(x)
         if modes.states(outer_state, modes.ScannedState | modes.TransparentState):
             raise ValueError(
                 "`outer` is a walk of several gradients, and the spring would act on "
@@ -187,7 +186,7 @@ def elastic_averaging(
         pulled = jax.tree.map(
             lambda g, o: g.astype(o.dtype) - spring * o, updates, state.offset
         )
-        steps, outer_state = optimizer.update(
+        steps, outer_state = outer.update(
             trees.cast_like(pulled, x), state.outer_state, x, **extra_args
         )
         moved = optax.tree.add(x, steps)

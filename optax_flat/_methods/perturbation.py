@@ -184,7 +184,7 @@ def perturbation_gradient(
       rate :math:`lr\,K s^2`, leaf by leaf, see `perturbed_sum`. A perturbation whose
       outputs are not finite is left out and counted; if none is left nothing moves.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     ensemble_size = checks.integer("ensemble_size", ensemble_size, 1)
     batch_size = checks.chunk("batch_size", batch_size, ensemble_size)
     checks.choice("noise_kind", noise_kind, KINDS)

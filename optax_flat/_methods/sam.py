@@ -141,7 +141,7 @@ def sam(
       norm 5. `optax.contrib.sam` alternates two optimizers on two minibatches in its
       transparent mode, and lets NaN through; docs/methods/sam.md has a table.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     ascent = checks.transformation("ascent", rules.unit() if ascent is None else ascent)
     descent = descents.perturbed() if descent is None else descent
@@ -215,7 +215,7 @@ def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
         state, g = memory.descent_state, inner.latest
         return _typed(descent.alone(state, g, memory.count), g, state)
 
-    def finish(memory, inner, params):
+    def finish(memory, inner, params, **extra_args):
         if descent.wants_second is None:
             gradient, shift, state = combined(memory, inner)
         else:
@@ -223,7 +223,9 @@ def _walk(outer, ascent, descent, *, rho, mask, accumulator_dtype):
                 inner.taken > 1, combined, alone, memory, inner
             )
         w = trees.accumulator(params, accumulator_dtype)
-        updates, outer_state = outer.update(gradient, memory.outer_state, w)
+        updates, outer_state = outer.update(
+            gradient, memory.outer_state, w, **extra_args
+        )
         if shift is not None:
             updates = optax.tree.add(updates, shift)
         count = jnp.asarray(optax.safe_increment(memory.count))

@@ -116,7 +116,7 @@ def sampa(
       Nothing. The authors' code takes the gradient at :math:`\tilde w` on the minibatch
       *before*, that at y on the present one: pass `batches` of your own for that.
     """
-    checks.transformation("outer", outer)
+    outer = checks.transformation("outer", outer)
     checks.number("rho", rho, 0.0)
     checks.number("lam", lam, 0.0, 1.0)
     ascent = checks.transformation("ascent", rules.unit() if ascent is None else ascent)
@@ -150,7 +150,7 @@ def sampa(
             grads,
         )
 
-    def finish(memory, inner, params):
+    def finish(memory, inner, params, **extra_args):
         w = trees.accumulator(params, accumulator_dtype)
         w = optax.tree.add(w, memory.offset)
         _, ascent_state = perturbation(memory, w)
@@ -158,9 +158,11 @@ def sampa(
         d = jax.tree.map(
             lambda p, g: (1 - weight) * p + weight * g, inner.perturbed, inner.ahead
         )
-        steps, outer_state = outer.update(trees.cast_like(d, w), memory.outer_state, w)
+        steps, outer_state = outer.update(
+            trees.cast_like(d, w), memory.outer_state, w, **extra_args
+        )
         w = optax.tree.add(w, steps)
-        steps, _ = outer.update(inner.ahead, outer_state, w)
+        steps, _ = outer.update(inner.ahead, outer_state, w, **extra_args)
         updates, y = trees.steps_to(optax.tree.add(w, steps), params)
         offset = optax.tree.sub(w, y)
         count = jnp.asarray(optax.safe_increment(memory.count))

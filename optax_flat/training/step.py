@@ -103,7 +103,7 @@ def make_train_step(
             "state. Leave one of the two out."
         )
     fast = checks.flag("fast_convolutions", fast_convolutions)
-    optimizer = modes.with_extra_args(tx)
+    optimizer = checks.transformation("tx", tx)
 
     def loss_and_aux(params, batch, aux):
         if has_aux:

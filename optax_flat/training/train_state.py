@@ -4,8 +4,8 @@ from typing import Any, Self
 
 import optax
 
-from optax_flat._core import extras
-from optax_flat._core.modes import eval_params, with_extra_args
+from optax_flat._core import checks, extras
+from optax_flat._core.modes import eval_params
 
 extras.load("flax", "flax", "optax_flat.training.TrainState")
 from flax.training import train_state  # noqa: E402 - first the advice, if it is missing
@@ -50,7 +50,7 @@ class TrainState(train_state.TrainState):
             for name in list(kwargs)
             if name in self.__dataclass_fields__
         }
-        tx = with_extra_args(self.tx)
+        tx = checks.transformation("tx", self.tx)
 
         def update(updates, state, params=None):
             return tx.update(updates, state, params, **kwargs)
