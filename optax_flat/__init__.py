@@ -26,8 +26,10 @@ from optax_flat._core.precision import stochastic_rounding as stochastic_roundin
 from optax_flat._core.walk import Walk as Walk
 from optax_flat._methods.anti_pgd import AntiPGDState as AntiPGDState
 from optax_flat._methods.anti_pgd import anti_pgd as anti_pgd
+from optax_flat._methods.averaging import EMAState as EMAState
 from optax_flat._methods.averaging import LawaState as LawaState
 from optax_flat._methods.averaging import RunningAverageState as RunningAverageState
+from optax_flat._methods.averaging import SWAState as SWAState
 from optax_flat._methods.averaging import ema_weights as ema_weights
 from optax_flat._methods.averaging import lawa as lawa
 from optax_flat._methods.averaging import swa as swa

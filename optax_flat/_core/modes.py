@@ -521,9 +521,11 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
         raise
     except ValueError as error:
         raise ValueError(
-            "the optimizer's state belongs to other params.\n"
+            f"the optimizer's state belongs to other params: {error}.\n"
             f"  params: {jax.tree.structure(params)}\n"
-            "Pass the params and the state that one `update` led to."
+            "Pass the params and the state that one `update` led to. If both are "
+            "stacked, one for each replica or member: "
+            "jax.vmap(optax_flat.eval_params)(opt_state, params)."
         ) from error
     if there is arrays:
         return params

@@ -257,11 +257,19 @@ def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> An
     """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`.
 
     Masked leaves are Optax's placeholders, or None, which Equinox's filters leave.
+
+    Raises:
+      ValueError: the leaves have other shapes, or the trees another structure.
     """
 
     def is_masked(leaf):
         return leaf is None or isinstance(leaf, optax.MaskedNode)
 
-    return jax.tree.map(
-        lambda s, w: w if is_masked(s) else fn(s, w), selected, whole, is_leaf=is_masked
-    )
+    def one(s, w):
+        if is_masked(s):
+            return w
+        if jnp.shape(s) != jnp.shape(w):
+            raise ValueError(f"leaves of shapes {jnp.shape(s)} and {jnp.shape(w)}")
+        return fn(s, w)
+
+    return jax.tree.map(one, selected, whole, is_leaf=is_masked)

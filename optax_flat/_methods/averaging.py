@@ -24,13 +24,13 @@ from optax_flat._core.hyperparams import at
 
 
 class RunningAverageState(NamedTuple):
-    """State of `swa` and `ema_weights`."""
+    """What the states of `swa` and `ema_weights` have in common."""
 
     metrics = ("count", "weight")
 
     count: jax.Array  # int32, [], outer updates made
     weight: jax.Array  # [], of all points averaged so far; 0 before the first
-    average: optax.Params  # at least float32
+    average: optax.Params  # at least float32; not finite: none so far
     inner_state: optax.OptState
 
     averages = True  # see `modes.Evaluable`
@@ -40,6 +40,14 @@ class RunningAverageState(NamedTuple):
         return _read(self.weight > 0, self.average, self.inner_state, params)
 
 
+class SWAState(RunningAverageState):
+    """State of `swa`; its weights count points, so no other average goes on with it."""
+
+
+class EMAState(RunningAverageState):
+    """State of `ema_weights`."""
+
+
 class LawaState(NamedTuple):
     """State of `lawa`."""
 
@@ -47,7 +55,7 @@ class LawaState(NamedTuple):
 
     count: jax.Array  # int32, [], outer updates made
     taken: jax.Array  # int32, [], checkpoints taken
-    checkpoints: optax.Params  # [k, ...], a ring, at least float32
+    checkpoints: optax.Params  # [k, ...], a ring, at least float32; infinite: none
     inner_state: optax.OptState
 
     averages = True  # see `modes.Evaluable`
@@ -56,10 +64,11 @@ class LawaState(NamedTuple):
         """The mean of the checkpoints, or before the first what `inner` evaluates."""
 
         def mean(ring):
-            there_are = jnp.minimum(self.taken, len(ring))
             place = jax.lax.broadcasted_iota(jnp.int32, ring.shape, 0)
-            total = jnp.sum(jnp.where(place < there_are, ring, 0), axis=0)
-            return total / jnp.maximum(there_are, 1).astype(total.dtype)
+            there = (place < self.taken) & jnp.isfinite(ring)
+            number = jnp.sum(there, axis=0, dtype=ring.dtype)
+            mean = jnp.sum(jnp.where(there, ring, 0), axis=0) / jnp.maximum(number, 1)
+            return jnp.where(number > 0, mean, jnp.inf)
 
         average = jax.tree.map(mean, self.checkpoints)
         return _read(self.taken > 0, average, self.inner_state, params)
@@ -95,7 +104,8 @@ def swa(
 
     An update that was skipped as non-finite counts, with the anchor where it was.
     Entries that are NaN or infinite do not enter: the average keeps what it has there,
-    so it outlives a run that is lost. Batch statistics are not averaged, see
+    so it outlives a run that is lost; before it has anything there, the first finite
+    one is it. Batch statistics are not averaged, see
     `optax_flat.training.update_batch_stats`.
 
     Cost:
@@ -147,7 +157,7 @@ def swa(
         one = jnp.ones_like(state.weight)
         return _moved(state, point, due, keep=one, add=one)
 
-    return _averaging(inner, accumulator_dtype, _running, absorb)
+    return _averaging(inner, accumulator_dtype, _running(SWAState), absorb)
 
 
 @factory
@@ -228,7 +238,7 @@ def ema_weights(
             add = jnp.where(state.weight > 0, add, 1)
         return _moved(state, point, made, keep=keep, add=add)
 
-    return _averaging(inner, accumulator_dtype, _running, absorb)
+    return _averaging(inner, accumulator_dtype, _running(EMAState), absorb)
 
 
 @factory
@@ -306,7 +316,8 @@ def lawa(
 
         def stored(ring, w):
             old = jax.lax.dynamic_index_in_dim(ring, place, keepdims=False)
-            new = jnp.where(due & jnp.isfinite(w), w, old)
+            kept = jnp.where(state.taken < k, jnp.inf, old)
+            new = jnp.where(due, jnp.where(jnp.isfinite(w), w, kept), old)
             return jax.lax.dynamic_update_index_in_dim(ring, new, place, 0)
 
         checkpoints = jax.tree.map(stored, state.checkpoints, point)
@@ -341,9 +352,9 @@ def _averaging(inner, accumulator_dtype, begin, absorb):
             updates, state.inner_state, params, **extra_args
         )
         checks.same_structure("The update to average", updates, params)
-        there = optax.apply_updates(params, updates)
+        there = trees.applied(params, updates)
         anchor = modes.evaluated(inner_state, there)
-        made = _outer_update_was_made(inner_state)
+        made = _outer_update_was_made(state.inner_state, inner_state)
         state = absorb(state, trees.accumulator(anchor, accumulator_dtype), made)
         count = trees.saturating_add(state.count, made.astype(jnp.int32))
         return updates, state._replace(count=count, inner_state=inner_state)
@@ -351,14 +362,24 @@ def _averaging(inner, accumulator_dtype, begin, absorb):
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _outer_update_was_made(inner_state):
-    """Whether no walk is under way, which outside transparent mode none ever is."""
-    walks = modes.states(inner_state, modes.TransparentState)
-    return jnp.all(jnp.array([walk.step == 0 for walk in walks], bool))
+def _outer_update_was_made(before, after):
+    """Whether no walk and no accumulation of gradients is under way."""
+    accumulated = [
+        new.gradient_step != old.gradient_step
+        for old, new in zip(
+            *(modes.states(s, optax.MultiStepsState) for s in (before, after)),
+            strict=True,
+        )
+    ]
+    walks = modes.states(after, modes.TransparentState)
+    return jnp.all(jnp.array([*accumulated, *(w.step == 0 for w in walks)], bool))
 
 
-def _running(count, x, inner_state):
-    return RunningAverageState(count, jnp.zeros([], float), x, inner_state)
+def _running(kind):
+    def begin(count, x, inner_state):
+        return kind(count, jnp.zeros([], float), x, inner_state)
+
+    return begin
 
 
 def _moved(state, point, due, *, keep, add):
@@ -367,9 +388,11 @@ def _moved(state, point, due, *, keep, add):
     step = add / weight
 
     def move(mean, w):
-        moved = mean + step.astype(mean.dtype) * (w - mean)
-        moved = jnp.where(state.weight > 0, moved, w)  # the first one is it
-        return jnp.where(due & jnp.isfinite(w), moved, mean)
+        # The first one is it, and stays so where there is none yet.
+        begun = (state.weight > 0) & jnp.isfinite(mean)
+        moved = jnp.where(begun, mean + step.astype(mean.dtype) * (w - mean), w)
+        enters = jnp.isfinite(w) | (state.weight == 0)
+        return jnp.where(due & enters, moved, mean)
 
     average = jax.tree.map(move, state.average, point)
     weight = jnp.where(due, weight, state.weight)
@@ -379,6 +402,8 @@ def _moved(state, point, due, *, keep, add):
 def _read(is_there, average, inner_state, params):
     """The average in the params' dtype, where there is one."""
     anchor = modes.evaluated(inner_state, params)
-    return trees.map_selected(
-        lambda a, p: jnp.where(is_there, a.astype(p.dtype), p), average, anchor
-    )
+
+    def read(a, p):
+        return jnp.where(is_there & jnp.isfinite(a), a.astype(p.dtype), p)
+
+    return trees.map_selected(read, average, anchor)
