@@ -369,17 +369,11 @@ def selection(mask: Any, params: optax.Params) -> Any:
       >>> selection({"dense": False, "norm": True}, params)
       {'dense': {'bias': False, 'kernel': False}, 'norm': True}
     """
+    flags = trees.mask_for(mask, params)
 
     def spread(flag, part):
-        if not isinstance(flag, bool | np.bool):
-            raise TypeError(
-                "a mask must be a tree of bools like the params, or a prefix of one, "
-                f"got {flag!r} in it. Make one from names by "
-                "jax.tree_util.tree_map_with_path."
-            )
         return jax.tree.map(lambda _: bool(flag), part)
 
-    flags = mask(params) if callable(mask) else mask
     try:
         return jax.tree.map(spread, flags, params)
     except ValueError as error:

@@ -182,7 +182,6 @@ def test_eval_params_refuses_what_orbax_restores_without_target(tmp_path):
         optax.named_chain(("first", optax.clip(1.0)), ("then", optax.sgd(0.1, 0.9))),
         optax.partition({"a": optax.sgd(0.1, 0.9)}, "a"),
         optax.inject_hyperparams(optax.adam)(0.1),
-        optax.contrib.schedule_free_sgd(0.1),
         make(),
     ],
 )

@@ -52,6 +52,14 @@ def number(
             f"`{name}` must be a float in {interval} or a schedule (a function of the "
             f"number of outer updates), got {value!r} of type {type(value).__name__}."
         )
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
+        if jnp.finfo(dtype).bits < 32:
+            raise ValueError(
+                f"`{name}` must have at least 32 bits, got {dtype}, in which 0.999 is "
+                "1. Give a Python float; optax.inject_hyperparams gives the dtype of "
+                "the params unless it is told hyperparam_dtype=jnp.float32."
+            )
     try:
         concrete = float(value)
     except jax.errors.ConcretizationTypeError:

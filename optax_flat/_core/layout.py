@@ -22,6 +22,12 @@ def check(init: Callable[[Any], Any], state: optax.OptState, params: Any) -> Non
     expected = jax.eval_shape(init, params)
     if _kind(state) == _kind(expected):
         return
+    if _is_stacked(state, expected):
+        raise TypeError(
+            "`update` takes the state of one optimizer, got several stacked along a "
+            "leading axis, as jax.vmap(tx.init) makes them. Map `update` as well: "
+            "jax.vmap(tx.update)(grads, state, params)."
+        )
     path, got, wanted = _difference(state, expected)
     place = f"state{jax.tree_util.keystr(path)}"
     raise TypeError(
@@ -38,6 +44,19 @@ def _kind(tree):
     """What must agree in two states: structure and shapes."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [jnp.shape(leaf) for leaf in leaves]
+
+
+def _is_stacked(got, expected):
+    """Whether every leaf has one more axis in front, of one length for all."""
+    structure, shapes = _kind(got)
+    one_structure, one = _kind(expected)
+    lengths = {shape[:1] for shape in shapes}
+    return (
+        structure == one_structure
+        and len(lengths) == 1
+        and [shape[1:] for shape in shapes] == one
+        and all(len(shape) == len(of_one) + 1 for shape, of_one in zip(shapes, one))
+    )
 
 
 def _difference(got, expected, path=()):

@@ -52,7 +52,7 @@ def masked(
     inner = checks.transformation("inner", inner)
 
     def select(tree, like):
-        flags = mask(like) if callable(mask) else mask
+        flags = trees.mask_for(mask, like)
         return jax.tree.map(
             lambda flag, leaf: leaf if flag else optax.MaskedNode(), flags, tree
         )

@@ -37,6 +37,13 @@ class Evaluable(Protocol):
         ...
 
 
+@runtime_checkable
+class _Named(Protocol):
+    """A NamedTuple."""
+
+    _fields: tuple[str, ...]
+
+
 class AveragesBesideAWalkError(ValueError):
     """An average was handed points that are not the anchors."""
 
@@ -475,7 +482,8 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
     In transparent mode the params wander between outer updates; this gives the anchor
     of the walk back, at any moment. With an average (`swa`, `ema_weights`, `lawa`) it
     gives that. It finds the states inside `optax.chain`, `masked`, `partition`,
-    `inject_hyperparams`, `MultiSteps` and `apply_if_finite`. For an optimizer whose
+    `inject_hyperparams`, `MultiSteps` and `apply_if_finite`, and those of
+    `optax.contrib.schedule_free`, of which it gives the average. For an optimizer whose
     params never leave their anchor it returns them as they are, so code that calls it
     serves every optimizer.
 
@@ -533,7 +541,16 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
 
 
 def check_classes(user: str, opt_state: optax.OptState) -> None:
-    """Raises where a state has lost the class that says what it is."""
+    """Raises where a state has lost the class that says what it is.
+
+    A stranger's state in a chain may be of any kind. But whoever gives dictionaries and
+    lists in the place of classes does so with all of them.
+    """
+    is_bare = isinstance(opt_state, Mapping) and any(
+        jax.tree_util.all_leaves([child]) for child in opt_state.values()
+    )
+    if not is_bare and any(map(jax.tree.leaves, states(opt_state, _Named))):
+        return
     for place, node in _without_class(opt_state):
         raise ValueError(
             f"`{user}` needs the optimizer's state with its classes, for they tell "
@@ -581,8 +598,9 @@ def evaluated(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
         leaves elsewhere, so that it was handed something else than the anchor.
     """
     by_averages, by_others = set(), set()
-    for state in states(opt_state, Evaluable):
-        before, params = params, state.eval_params(params)
+    for state in states(opt_state, Evaluable | optax.contrib.ScheduleFreeState):
+        read = getattr(state, "eval_params", functools.partial(_averaged, state))
+        before, params = params, read(params)
         leaves = zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True)
         # What a state does not move it returns as it is.
         led = {i for i, (old, new) in enumerate(leaves) if new is not old}
@@ -597,6 +615,17 @@ def evaluated(opt_state: optax.OptState, params: optax.Params) -> optax.Params:
             "optax.chain(..., optax_flat.swa(start=...))."
         )
     return params
+
+
+def _averaged(state, params):
+    """The average x of Optax's `schedule_free`, whose params are b1 x + (1 - b1) z."""
+
+    def read(z, y):
+        b1 = jnp.asarray(state.b1, trees.accumulator(y).dtype)
+        x = (y - (1.0 - b1) * z) / jnp.where(b1 > 0, b1, 1.0)
+        return jnp.where(b1 > 0, x, y).astype(y.dtype)
+
+    return trees.map_selected(read, state.z, params)
 
 
 def one_minibatch(memory: Any) -> bool:

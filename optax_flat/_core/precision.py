@@ -30,11 +30,12 @@ class MasterWeightsState(NamedTuple):
     """State of `master_weights`."""
 
     master: optax.Params  # wider params; optax.MaskedNode where they are wide already
+    reached: optax.Params  # where the last update led the params; masked likewise
     inner_state: optax.OptState
 
     def eval_params(self, params: optax.Params) -> optax.Params:
         """What `inner` evaluates, found with the master and rounded at the end."""
-        point = _merged(self.master, params)
+        point = _current(self, params)
         return jax.tree.map(
             # What `inner` does not move is where the params are, see `evaluated`.
             lambda there, here, p: p if there is here else there.astype(p.dtype),
@@ -80,7 +81,7 @@ def master_weights(
     it averages the master.
 
     Cost:
-      `inner`'s gradients per update; state: 2 copies of bfloat16 params beside
+      `inner`'s gradients per update; state: 3 copies of bfloat16 params beside
       `inner`'s.
 
     Args:
@@ -91,7 +92,8 @@ def master_weights(
       A transformation whose state is a `MasterWeightsState`. Its updates have the
       params' dtype and lead to the rounded master; where a single update more than
       doubles an entry, or changes its sign, they may miss it by 2^-8 of the step
-      (in bfloat16), which the next one makes good.
+      (in bfloat16), which the next one makes good. Params that were replaced since the
+      last update, by pretrained ones for instance, replace the master.
 
     Raises:
       TypeError: an argument of the wrong type, or params that are not floating point.
@@ -126,13 +128,14 @@ def master_weights(
         params = trees.concrete(params)
         here = _widened(params, dtype)
         master = _of_narrow(params, here, dtype)
-        state = MasterWeightsState(master, optimizer.init(here))
+        reached = _of_narrow(params, params, dtype)
+        state = MasterWeightsState(master, reached, optimizer.init(here))
         return trees.copy(state, params)
 
     def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
         layout.check(init, state, params)
-        here = _merged(state.master, params)
+        here = _current(state, params)
         steps, inner_state = optimizer.update(
             _widened(updates, dtype),
             state.inner_state,
@@ -143,7 +146,9 @@ def master_weights(
         to_rounded = modes.difference(trees.rounded_like(there, params), params)
         updates = _merged(_of_narrow(params, to_rounded, dtype), steps)
         master = _of_narrow(params, there, dtype)
-        return trees.cast_like(updates, params), MasterWeightsState(master, inner_state)
+        updates = trees.cast_like(updates, params)
+        reached = _of_narrow(params, trees.applied(params, updates), dtype)
+        return updates, MasterWeightsState(master, reached, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -272,6 +277,16 @@ def _of_narrow(params, tree, dtype):
     return jax.tree.map(
         lambda p, x: x if _is_narrow(p, dtype) else optax.MaskedNode(), params, tree
     )
+
+
+def _current(state, params):
+    """The master, and the params where they were replaced, by pretrained ones say."""
+
+    def choose(master, p, reached):
+        here = trees.rounded_like(p.astype(master.dtype), p)
+        return jnp.where(here == reached.astype(master.dtype), master, here)
+
+    return trees.map_selected(choose, state.master, params, state.reached)
 
 
 def _merged(selected, whole):

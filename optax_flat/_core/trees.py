@@ -105,9 +105,13 @@ def concrete(tree: Any) -> Any:
 
 def arrays(tree: Any) -> Any:
     """Python numbers as arrays, so that every leaf has a dtype of its own."""
-    return jax.tree.map(
-        lambda x: x if hasattr(x, "dtype") else jnp.asarray(x, jnp.result_type(x)), tree
-    )
+    return jax.tree.map(_array, tree)
+
+
+def _array(leaf: Any) -> Any:
+    if hasattr(leaf, "dtype"):
+        return leaf
+    return jnp.asarray(leaf, jnp.result_type(leaf))
 
 
 def copy(tree: Any, params: Any = None) -> Any:
@@ -116,7 +120,7 @@ def copy(tree: Any, params: Any = None) -> Any:
     State and params can be donated together then. Under `jit` the buffers that begin
     with constants would otherwise be on every device in full.
     """
-    structure = jax.tree.structure(params)
+    tree, structure = arrays(tree), jax.tree.structure(params)
 
     def is_like_params(part):
         return jax.tree.structure(part) == structure
@@ -253,8 +257,36 @@ def cosine(a: Any, b: Any) -> jax.Array:
     return jnp.where(product > 0, vdot(a, b) / safe, 0.0)
 
 
-def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> Any:
+def mask_for(mask: Any, params: Any) -> Any:
+    """A mask as a tree of bools, or a prefix of one, from what a user gave.
+
+    It may be a function that makes it from the params. A tree of bools that can be
+    called, as one in the shape of an Equinox model can, is no such function.
+
+    Raises:
+      TypeError: a leaf of the mask that is no bool.
+    """
+    if not jax.tree.leaves(params):  # as when `optax.tree.map_params` looks for them
+        return params
+    leaves = jax.tree.leaves(mask)
+    if leaves and all(callable(leaf) for leaf in leaves):
+        mask = mask(params)
+    for flag in jax.tree.leaves(mask):
+        if not isinstance(flag, bool | np.bool):
+            raise TypeError(
+                "a mask must be a tree of bools like the params, or a prefix of one, "
+                f"got {flag!r} in it. Make one from names by "
+                "jax.tree_util.tree_map_with_path."
+            )
+    return mask
+
+
+def map_selected(
+    fn: Callable[..., Any], selected: Any, whole: Any, *others: Any
+) -> Any:
     """`fn(leaf of selected, leaf of whole)`; masked leaves are taken from `whole`.
+
+    And the leaves of `others`, which are masked as `selected` is.
 
     Masked leaves are Optax's placeholders, or None, which Equinox's filters leave.
 
@@ -265,11 +297,11 @@ def map_selected(fn: Callable[[Any, Any], Any], selected: Any, whole: Any) -> An
     def is_masked(leaf):
         return leaf is None or isinstance(leaf, optax.MaskedNode)
 
-    def one(s, w):
+    def one(s, w, *more):
         if is_masked(s):
             return w
         if jnp.shape(s) != jnp.shape(w):
             raise ValueError(f"leaves of shapes {jnp.shape(s)} and {jnp.shape(w)}")
-        return fn(s, w)
+        return fn(s, w, *more)
 
-    return jax.tree.map(one, selected, whole, is_leaf=is_masked)
+    return jax.tree.map(one, selected, whole, *others, is_leaf=is_masked)

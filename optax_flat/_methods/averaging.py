@@ -308,7 +308,8 @@ def lawa(
 
         # Sharded like the params, behind its own axis.
         shard = jax.vmap(trees.sharded_like, (0, None))
-        return LawaState(count, count, shard(jax.tree.map(ring, x), x), inner_state)
+        checkpoints = jax.tree.map(lambda leaf: shard(ring(leaf), leaf), x)
+        return LawaState(count, count, checkpoints, inner_state)
 
     def absorb(state, point, made):
         due = made & ((state.count + 1) % period == 0)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, modes, trees
+from optax_flat._core import checks, layout, modes, trees
 from optax_flat._core.arguments import Argument, factory
 from optax_flat._core.hyperparams import at
 from optax_flat._methods import local_entropy as walks
@@ -181,6 +181,7 @@ def elastic_averaging(
     def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
+        layout.check(init, state, params)
         x = trees.accumulator(params, accumulator_dtype)
         spring = at(coupling, state.count)
         pulled = jax.tree.map(
