@@ -118,17 +118,31 @@ def copy(tree: Any, params: Any = None) -> Any:
     """A new state: every leaf in a buffer of its own, parts like the params sharded so.
 
     State and params can be donated together then. Under `jit` the buffers that begin
-    with constants would otherwise be on every device in full.
+    with constants would otherwise be on every device in full. Without `jit` counters
+    would be on one device, and a training step would be compiled twice.
     """
     tree, structure = arrays(tree), jax.tree.structure(params)
 
     def is_like_params(part):
         return jax.tree.structure(part) == structure
 
+    meshes = {
+        leaf.sharding.mesh
+        for leaf in jax.tree.leaves(params)
+        if not is_traced(leaf) and isinstance(leaf, jax.Array)
+        and isinstance(leaf.sharding, NamedSharding)
+    }  # fmt: skip
+
+    def on_mesh(leaf):
+        if len(meshes) != 1 or is_traced(leaf) or len(leaf.devices()) > 1:
+            return leaf
+        (mesh,) = meshes
+        return jax.device_put(leaf, NamedSharding(mesh, jax.P()))
+
     def own(part):
         if is_like_params(part):
             part = sharded_like(part, params)
-        return jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), part)
+        return jax.tree.map(lambda leaf: on_mesh(jnp.array(leaf, copy=True)), part)
 
     return jax.tree.map(own, tree, is_leaf=is_like_params)
 

@@ -10,6 +10,7 @@ stand on wt, where the gradient is wanted; `eval_params` gives w.
 Paper: Becker, Altrock and Risse, arXiv 2401.12033. Code: MarlonBecker/MSAM.
 """
 
+import math
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -124,7 +125,7 @@ def momentum_sam(
         _check_momentum(outer_state, w)
         remainder = jax.tree.map(_remainder, optax.tree.zeros_like(w), params)
         count, zero = jnp.zeros([], jnp.int32), jnp.zeros([])
-        sign = _sign(outer, outer_state, w)
+        sign = _sign(outer, w)
         return MomentumSAMState(count, outer_state, sign, zero, remainder)
 
     def start(memory, params):
@@ -156,18 +157,20 @@ def momentum_sam(
     return modes.build(Walk(1, init, start, step, finish), loop)
 
 
-def _sign(outer, outer_state, params):
+def _sign(outer, params):
     """-1 where `outer` keeps minus the momentum: what gradients uphill make of it.
 
     Most optimizers add them up, some keep the steps. Either may stay zero for a while,
-    in a warm-up or inside `optax.MultiSteps`.
+    in a warm-up or inside `optax.MultiSteps`. It is tried on a model of the params that
+    has two entries along each axis.
     """
 
     def slope(leaf):  # not a constant one, which `optax.centralize` makes zero
-        return jnp.linspace(0.5, 1.5, leaf.size, dtype=leaf.dtype).reshape(leaf.shape)
+        shape = [min(length, 2) for length in leaf.shape]
+        return jnp.linspace(0.5, 1.5, math.prod(shape), dtype=leaf.dtype).reshape(shape)
 
-    gradient = trees.sharded_like(jax.tree.map(slope, params), params)
-    zeros = optax.tree.zeros_like(params)
+    gradient = jax.tree.map(slope, params)
+    zeros = optax.tree.zeros_like(gradient)
 
     def is_unknown(tried):
         _, product, count = tried
@@ -178,8 +181,8 @@ def _sign(outer, outer_state, params):
         _, state = outer.update(gradient, state, zeros)
         return state, trees.vdot(_momentum(state), gradient), count + 1
 
-    tried = outer_state, jnp.zeros_like(trees.vdot(zeros, zeros)), 0
-    if trees.is_traced((tried, params)):
+    tried = outer.init(zeros), jnp.zeros_like(trees.vdot(zeros, zeros)), 0
+    if trees.is_traced(tried):
         tried = jax.lax.while_loop(is_unknown, again, tried)
     else:  # a loop of JAX would be compiled anew at every call
         while is_unknown(tried):
