@@ -177,7 +177,6 @@ def test_chain_of_seeds_is_random():
     assert np.abs(bits[1:].T @ bits[:-1] / len(chain)).max() < 5.5 / np.sqrt(len(chain))
 
 
-MESH = {"axis_shapes": (4, 2), "axis_names": ("data", "model")}
 LAYOUTS = {  # of arrays of one shape
     "rows": jax.P("data"),
     "columns": jax.P(None, "model"),
@@ -187,7 +186,7 @@ LAYOUTS = {  # of arrays of one shape
 
 
 def sharded(tree, kind=jax.sharding.AxisType.Auto):
-    mesh = jax.make_mesh(**MESH, axis_types=(kind, kind))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     return mesh, {
         name: jax.device_put(leaf, jax.NamedSharding(mesh, LAYOUTS[name]))
         for name, leaf in tree.items()
