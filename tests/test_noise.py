@@ -208,6 +208,21 @@ def test_draws_do_not_depend_on_the_sharding(kind):
             np.testing.assert_array_equal(z, expected[name])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_do_not_depend_on_the_shape(kind):
+    """A shard has another one: an entry's number alone makes its draw, to the bit."""
+
+    def drawn(shape):
+        moved = jax.jit(lambda x: x + draw(jax.random.key(0), x, kind, 0.1))
+        like = jnp.zeros(shape)
+        return np.asarray(hlo.compiled(moved, like)(like)).reshape(-1)
+
+    expected = drawn(2**14)
+    for shape in [(2**11, 8), (16, 8), (64,), (5,), ()]:
+        found = drawn(shape)
+        np.testing.assert_array_equal(found, expected[: found.size], str(shape))
+
+
 def outer_update(tx, mode, params, state):
     grad_fn = jax.grad(lambda p, _: sum(jnp.sum(jnp.cos(x)) for x in p.values()))
     more = {"grad_fn": grad_fn} if mode == "scanned" else {}
