@@ -163,7 +163,7 @@ def _convolution(eqn: JaxprEqn) -> JaxprEqn:
         return eqn
     if _is_sharded(eqn.params.get("out_sharding")) or _is_cropped_in_groups(eqn.params):
         return eqn
-    operands = [operand.aval for operand in eqn.invars]
+    operands: list[Any] = [operand.aval for operand in eqn.invars]
     trace = jax.make_jaxpr(_fast_convolve, static_argnums=2)
     with jax.sharding.use_abstract_mesh(operands[0].sharding.mesh):
         (call,) = trace(*operands, tuple(eqn.params.items())).eqns
