@@ -6,6 +6,7 @@ communicates most counts.
 """
 
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -17,8 +18,10 @@ import jax
 _CPU_DEFAULTS = {
     "xla_backend_optimization_level": 3,
     "xla_llvm_disable_expensive_passes": False,
-    "xla_cpu_use_fusion_emitters": True,
 }
+_EMITTERS = "xla_cpu_use_fusion_emitters"
+if _EMITTERS in os.environ.get("XLA_FLAGS", ""):  # newer XLA refuses it
+    _CPU_DEFAULTS[_EMITTERS] = True
 _COLLECTIVES = (
     "all-gather",
     "all-reduce",

@@ -5,7 +5,10 @@ import graphlib
 import inspect
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+
+import pytest
 
 import optax_flat
 
@@ -94,6 +97,19 @@ else:
     raise AssertionError("TrainState without Flax")
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", [DeprecationWarning, RuntimeWarning])
+def test_warnings_of_our_lines_are_errors(kind):
+    """The filter in pyproject.toml knows every module; a test's has no package."""
+    root = Path(__file__).parents[1]
+    folders = "optax_flat", "benchmarks", "examples", "tests"
+    paths = [path for name in folders for path in (root / name).rglob("*.py")]
+    for path in paths:
+        names = path.relative_to(root).with_suffix("").parts
+        module = ".".join(names).removeprefix("tests.")
+        with pytest.raises(kind):
+            warnings.warn_explicit("", kind, str(path), 1, module)
 
 
 def test_readme_is_one_screen_with_the_two_commands():

@@ -19,7 +19,7 @@ UPDATES, SURVIVED = 4, 2
 
 @pytest.fixture
 def example():
-    spec = importlib.util.spec_from_file_location("multihost", EXAMPLE)
+    spec = importlib.util.spec_from_file_location("examples.multihost", EXAMPLE)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

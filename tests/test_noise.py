@@ -177,7 +177,6 @@ def test_chain_of_seeds_is_random():
     assert np.abs(bits[1:].T @ bits[:-1] / len(chain)).max() < 5.5 / np.sqrt(len(chain))
 
 
-MESH = {"axis_shapes": (4, 2), "axis_names": ("data", "model")}
 LAYOUTS = {  # of arrays of one shape
     "rows": jax.P("data"),
     "columns": jax.P(None, "model"),
@@ -187,7 +186,7 @@ LAYOUTS = {  # of arrays of one shape
 
 
 def sharded(tree, kind=jax.sharding.AxisType.Auto):
-    mesh = jax.make_mesh(**MESH, axis_types=(kind, kind))
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
     return mesh, {
         name: jax.device_put(leaf, jax.NamedSharding(mesh, LAYOUTS[name]))
         for name, leaf in tree.items()
@@ -207,6 +206,21 @@ def test_draws_do_not_depend_on_the_sharding(kind):
         for name, z in drawn.items():
             assert z.sharding.is_equivalent_to(on_mesh[name].sharding, 2)
             np.testing.assert_array_equal(z, expected[name])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_draws_do_not_depend_on_the_shape(kind):
+    """A shard has another one: an entry's number alone makes its draw, to the bit."""
+
+    def drawn(shape):
+        moved = jax.jit(lambda x: x + draw(jax.random.key(0), x, kind, 0.1))
+        like = jnp.zeros(shape)
+        return np.asarray(hlo.compiled(moved, like)(like)).reshape(-1)
+
+    expected = drawn(2**14)
+    for shape in [(2**11, 8), (16, 8), (64,), (5,), ()]:
+        found = drawn(shape)
+        np.testing.assert_array_equal(found, expected[: found.size], str(shape))
 
 
 def outer_update(tx, mode, params, state):

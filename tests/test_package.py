@@ -1,5 +1,6 @@
 """What a release contains, and what it says of itself."""
 
+import os
 import re
 import subprocess
 import sys
@@ -80,3 +81,19 @@ def test_every_python_of_the_classifiers_is_tested():
     assert PROJECT["requires-python"] == f">={said[0]}"
     assert tried[0] == (said[0], "lowest-direct")
     assert all(versions == "highest" for _, versions in tried[1:])
+
+
+@from_a_checkout
+def test_pythons_that_are_there(tmp_path):
+    """A name that stands for no Python, as pyenv's may, is not one."""
+    this, other = sys.version_info.minor, 11 + (sys.version_info.minor == 11)
+    for minor, line in {this: f'exec {sys.executable} "$@"', other: "exit 127"}.items():
+        path = tmp_path / f"python3.{minor}"
+        path.write_text(f"#!/bin/sh\n{line}\n")
+        path.chmod(0o755)
+    there = {"PATH": f"{tmp_path}:{os.defpath}", "PYENV_ROOT": str(tmp_path)}
+    script = ROOT / ".ci" / "pythons"
+    found = subprocess.run([script], env=there, capture_output=True, text=True, check=0)
+    lines = found.stdout.splitlines()
+    assert f"3.{this} {tmp_path}/python3.{this}" in lines
+    assert not any(line.startswith(f"3.{other} {tmp_path}") for line in lines)

@@ -82,7 +82,7 @@ def batches(repeats: int):
 
 def run(source: str, name: str, data):
     """Test loss and accuracy."""
-    namespace = {"__name__": name}
+    namespace = {"__name__": f"quickstarts.{name}"}
     exec(compile(source, name, "exec"), namespace)
     return map(float, namespace["main"](*data))
 

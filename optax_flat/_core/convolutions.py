@@ -16,28 +16,37 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, jaxpr_as_fun
-from jax.extend.core.primitives import conv_general_dilated_p
+from jax.extend.core.primitives import (
+    call_p,
+    closed_call_p,
+    cond_p,
+    conv_general_dilated_p,
+    custom_jvp_call_p,
+    custom_vjp_call_p,
+    jit_p,
+    remat_p,
+    scan_p,
+    while_p,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 # Calls, loops and branches whose insides are rewritten; a Pallas kernel's are not.
-ENTERED = frozenset(
-    {
-        "checkpoint",
-        "closed_call",
-        "cond",
-        "call",
-        "custom_jvp_call",
-        "custom_vjp_call",
-        "jit",
-        "pjit",
-        "remat2",
-        "scan",
-        "shard_map",
-        "while",
-    }
-)
+ENTERED = {
+    call_p.name,
+    closed_call_p.name,
+    cond_p.name,
+    custom_jvp_call_p.name,
+    custom_vjp_call_p.name,
+    jit_p.name,
+    remat_p.name,
+    scan_p.name,
+    while_p.name,
+    "shard_map",  # not public
+}
+
+_said: list[bool] = []  # whether this process was told that rewriting fails
 
 
 def fast_convolutions(fn: Callable[P, T]) -> Callable[P, T]:
@@ -104,13 +113,15 @@ def _fast(jaxpr: ClosedJaxpr) -> ClosedJaxpr:
     try:
         return _rewritten(jaxpr)
     except Exception as error:  # the insides of a jaxpr are not JAX's to promise
-        warnings.warn(
-            "fast_convolutions cannot rewrite what this version of JAX "
-            f"({jax.__version__}) traced: {error!r}. Convolutions in loops stay slow "
-            "on a CPU. Give fast_convolutions=False to silence this.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        if not _said:
+            warnings.warn(
+                "fast_convolutions cannot rewrite what this version of JAX "
+                f"({jax.__version__}) traced: {error!r}. Convolutions in loops stay "
+                "slow on a CPU. Give fast_convolutions=False to silence this.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            _said.append(True)
         return jaxpr
 
 
@@ -118,12 +129,12 @@ def _rewritten(value: Any) -> Any:
     """What stands in a jaxpr; itself where nothing in it is rewritten."""
     if isinstance(value, JaxprEqn):
         return _equation(value)
+    if isinstance(value, Jaxpr):  # newer JAX has no ClosedJaxpr besides, so it is first
+        new = _rewritten(value.eqns)
+        return value if new is value.eqns else value.replace(eqns=new)
     if isinstance(value, ClosedJaxpr):
         new = _rewritten(value.jaxpr)
         return value if new is value.jaxpr else value.replace(jaxpr=new)
-    if isinstance(value, Jaxpr):
-        new = _rewritten(value.eqns)
-        return value if new is value.eqns else value.replace(eqns=new)
     if type(value) in (list, tuple):
         new = type(value)(map(_rewritten, value))
         return value if _same(new, value) else new
@@ -152,9 +163,9 @@ def _convolution(eqn: JaxprEqn) -> JaxprEqn:
         return eqn
     if _is_sharded(eqn.params.get("out_sharding")) or _is_cropped_in_groups(eqn.params):
         return eqn
-    operands = [operand.aval for operand in eqn.invars]
+    operands: list[Any] = [operand.aval for operand in eqn.invars]
     trace = jax.make_jaxpr(_fast_convolve, static_argnums=2)
-    with eqn.ctx.manager:
+    with jax.sharding.use_abstract_mesh(operands[0].sharding.mesh):
         (call,) = trace(*operands, tuple(eqn.params.items())).eqns
     if call.outvars[0].aval != eqn.outvars[0].aval:  # what varies inside shard_map
         return eqn

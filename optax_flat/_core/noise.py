@@ -183,4 +183,5 @@ def _normal(words):
     end = jnp.full_like(x, 2**31 + 2**8)
     t = jnp.log((end + x) / (end - x))
     root = jnp.sqrt(t * t + np.float32(_B))
-    return t * jax.lax.rsqrt(root + np.float32(_A))
+    # Not t / sqrt(...), which JAX 0.12 on a CPU rounds by the array's shape.
+    return jnp.copysign(jnp.sqrt(t * t / (root + np.float32(_A))), t)
