@@ -385,7 +385,6 @@ def _transformation(
 
 def _fresh(members, spread, key, x):
     """Deviations of the members that are here, of mean 0 over all."""
-
     if ensembles.is_empty(x):
         return x
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_flat._core import trees
+from optax_flat._core import programs, trees
 
 LossFn = Callable[[Any, Any], jax.Array]
 
@@ -143,7 +143,7 @@ def check_deterministic(
     """
     if batches.checked:
         return
-    _check_hashable(loss_fn)
+    programs.check_hashable("loss_fn", loss_fn)
     value = _shape(loss_fn, params, batches)
     dtype = getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
@@ -167,17 +167,6 @@ def check_deterministic(
     batches.checked = True
 
 
-def _check_hashable(loss_fn: LossFn) -> None:
-    try:
-        hash(loss_fn)
-    except TypeError as error:
-        raise TypeError(
-            "`loss_fn` must be hashable, since compiled programs are found by it, got "
-            f"an object of type {type(loss_fn).__name__} ({error}). Give a plain "
-            "function: lambda p, b: model_loss(p, b)."
-        ) from error
-
-
 def _shape(loss_fn: LossFn, params: optax.Params, batches: Batches) -> Any:
     try:
         return jax.eval_shape(loss_fn, params, batches.first)
@@ -198,7 +187,7 @@ def _check_fresh(
     def renewed(params, batch):
         return loss_fn(params, batch)
 
-    compiled = _compiled_loss(loss_fn, params, batch)
+    compiled = _compiled_loss(params, batch, loss_fn=loss_fn)
     rounding = max(1e-3, float(jnp.finfo(compiled.dtype).eps))
     close = functools.partial(np.allclose, rtol=rounding, atol=0.0, equal_nan=True)
     # Compiled in another way the same loss may round otherwise, compiled anew not.
@@ -212,8 +201,8 @@ def _check_fresh(
         )
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _compiled_loss(loss_fn, params, batch):
+@programs.jit("loss_fn")
+def _compiled_loss(params, batch, *, loss_fn):
     return loss_fn(params, batch)
 
 

@@ -14,7 +14,7 @@ import optax
 from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
-from optax_flat._core import checks, convolutions, trees
+from optax_flat._core import checks, convolutions, programs, trees
 from optax_flat.flatness import _batches, _progress
 
 
@@ -29,8 +29,8 @@ class Hessian(NamedTuple):
     opaque: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "fast_convolutions"))
-def product(loss_fn, fast_convolutions, params, vector, batch):
+@programs.jit("loss_fn", static_argnames=("fast_convolutions",))
+def product(params, vector, batch, *, loss_fn, fast_convolutions):
     """The Hessian on one batch times a vector: forward over reverse."""
     grad = jax.grad(loss_fn)
 
@@ -64,8 +64,8 @@ def run(
     _batches.check_deterministic(loss_fn, params, batches)
     if not batches.many:
         return _compiled(
-            program, loss_fn, settings, fast_convolutions,
-            params=params, batch=batches.first, key=key,
+            params, batches.first, key, loss_fn=loss_fn, program=program,
+            settings=settings, fast_convolutions=fast_convolutions,
         )  # fmt: skip
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     if _batches.is_traced(params, batches.first, batches.all, key):
@@ -84,16 +84,17 @@ def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
 
     def matvec(vector):
         one_batch = functools.partial(
-            product, loss_fn, fast_convolutions, params, unravel(vector)
+            product, loss_fn=loss_fn, fast_convolutions=fast_convolutions
         )
         with jax.default_matmul_precision(users):
-            return ravel_pytree(_batches.mean_over(batches, one_batch))[0]
+            mean = _batches.mean_over(batches, one_batch, params, unravel(vector))
+            return ravel_pytree(mean)[0]
 
     return Hessian(matvec, flat.size, flat.dtype, unravel, opaque=lambda fn: fn)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _compiled(program, loss_fn, settings, fast_convolutions, *, params, batch, key):
+@programs.jit("loss_fn", static_argnames=("program", "settings", "fast_convolutions"))
+def _compiled(params, batch, key, *, loss_fn, program, settings, fast_convolutions):
     batches = _batches.Batches(False, batch, (batch,))
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     return _call(program, hessian, key, settings)

@@ -1,5 +1,6 @@
 """Hessian-vector products, the trace and the Frobenius norm."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +90,9 @@ def hvp(
     _batches.check_deterministic(loss_fn, params, given)
     vector = trees.cast_like(vector, params)
 
-    def one_batch(params, vector, batch):
-        return _hessian.product(loss_fn, fast_convolutions, params, vector, batch)
-
+    one_batch = functools.partial(
+        _hessian.product, loss_fn=loss_fn, fast_convolutions=fast_convolutions
+    )
     return _batches.mean_over(given, one_batch, params, vector)
 
 
