@@ -4,14 +4,12 @@ One batch: the whole program is compiled, products and all. Many batches: its lo
 in Python, and each product goes through the batches, each by a compiled function.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
 from optax_flat._core import checks, convolutions, programs, trees
@@ -25,8 +23,6 @@ class Hessian(NamedTuple):
     size: int  # n
     dtype: Any  # at least float32
     unravel: Callable[[jax.Array], Any]  # [n] -> tree like params
-    # Makes of a function [n] -> [n] one that Matfree may trace.
-    opaque: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
 @programs.jit("loss_fn", static_argnames=("fast_convolutions",))
@@ -70,12 +66,16 @@ def run(
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     if _batches.is_traced(params, batches.first, batches.all, key):
         return _call(program, hessian, key, settings)  # in the caller's program
-    with (
-        _progress.counter(progress, unit="product", desc="Hessian") as count,
-        jax.disable_jit(),
-        _in_python(hessian, count) as hessian,
-    ):
-        return _call(program, hessian, key, settings)
+    with _progress.counter(progress, unit="product", desc="Hessian") as count:
+
+        def matvec(vector):
+            with jax.disable_jit(False):
+                result = hessian.matvec(vector)
+            count(1, result)
+            return result
+
+        with jax.disable_jit():
+            return _call(program, hessian._replace(matvec=matvec), key, settings)
 
 
 def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
@@ -90,7 +90,7 @@ def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
             mean = _batches.mean_over(batches, one_batch, params, unravel(vector))
             return ravel_pytree(mean)[0]
 
-    return Hessian(matvec, flat.size, flat.dtype, unravel, opaque=lambda fn: fn)
+    return Hessian(matvec, flat.size, flat.dtype, unravel)
 
 
 @programs.jit("loss_fn", static_argnames=("program", "settings", "fast_convolutions"))
@@ -105,42 +105,3 @@ def _call(program, hessian, key, settings):
     # vectors orthogonal. The loss keeps the user's setting.
     with jax.default_matmul_precision("highest"):
         return program(hessian, key, *settings)
-
-
-# Matfree traces a product before its loop starts. As a primitive the product stays
-# one opaque step there, and runs only when the loop, in Python, comes to it.
-_step = Primitive("hessian_vector_product")
-_step.def_impl(lambda vector, *, slot: slot.call(vector))
-_step.def_abstract_eval(lambda vector, *, slot: vector)
-
-
-class _Slot:
-    """Holds a product while a program runs: JAX keeps for longer what it traced."""
-
-    def __init__(self, call: Callable[..., jax.Array] | None):
-        self.call = call
-
-
-@contextlib.contextmanager
-def _in_python(
-    hessian: Hessian, count: Callable[[int, Any], None]
-) -> Iterator[Hessian]:
-    """The same Hessian for loops in Python, as long as the context lasts."""
-    slots = []
-
-    def opaque(fn):
-        slot = _Slot(fn)
-        slots.append(slot)
-        return lambda vector: _step.bind(vector, slot=slot)
-
-    def matvec(vector):
-        with jax.disable_jit(False):
-            result = hessian.matvec(vector)
-            count(1, result)
-        return result
-
-    try:
-        yield hessian._replace(matvec=opaque(matvec), opaque=opaque)
-    finally:
-        for slot in slots:
-            slot.call = None

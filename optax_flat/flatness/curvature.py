@@ -9,6 +9,7 @@ import optax
 
 from optax_flat._core import checks, extras, trees
 from optax_flat.flatness import _batches, _hessian
+from optax_flat.flatness._lanczos import norm, scaled
 
 
 class Estimate(NamedTuple):
@@ -27,8 +28,10 @@ class Estimate(NamedTuple):
 
 def estimate(samples: jax.Array) -> Estimate:
     """The mean of independent samples [S] and its standard error, 0 if S is 1."""
+    samples, unit = scaled(samples)
     variance = jnp.var(samples, ddof=min(1, samples.size - 1))
-    return Estimate(samples.mean(), jnp.sqrt(variance / samples.size))
+    error = jnp.sqrt(variance / samples.size)
+    return Estimate(unit * samples.mean(), unit * error)
 
 
 def hvp(
@@ -155,7 +158,7 @@ def trace(
     """
     num_samples = checks.integer("num_samples", num_samples, 2)
     samples = _hessian.run(
-        _quadratic_forms, loss_fn, params, batches,
+        _of_signs, loss_fn, params, batches,
         key=key, settings=(num_samples, "trace"), progress=progress,
         fast_convolutions=fast_convolutions,
     )  # fmt: skip
@@ -217,28 +220,26 @@ def frobenius_norm(
       [5.0, 0.0]
     """
     num_samples = checks.integer("num_samples", num_samples, 2)
-    samples = _hessian.run(
-        _quadratic_forms, loss_fn, params, batches,
-        key=key, settings=(num_samples, "square"), progress=progress,
+    lengths = _hessian.run(
+        _of_signs, loss_fn, params, batches,
+        key=key, settings=(num_samples, "length"), progress=progress,
         fast_convolutions=fast_convolutions,
     )  # fmt: skip
-    square = estimate(samples)
+    lengths, unit = scaled(lengths)
+    square = estimate(lengths**2)
     value = jnp.sqrt(square.value)
     slope = jnp.where(value == 0.0, 0.0, 0.5 / jnp.where(value == 0.0, 1.0, value))
-    return Estimate(value, slope * square.standard_error)
+    return Estimate(unit * value, unit * slope * square.standard_error)
 
 
-def _quadratic_forms(hessian, key, num_samples, kind):
-    """For random signs v: v'Hv or v'HHv, [num_samples]."""
+def _of_signs(hessian, key, num_samples, kind):
+    """For random signs v: v'Hv or ||Hv||, [num_samples]."""
     stochtrace = extras.load("matfree.stochtrace", "flatness", "the trace")
-    integrands = {
-        "trace": stochtrace.monte_carlo_trace,
-        "square": stochtrace.monte_carlo_frobeniusnorm_squared,
-    }
-    integrand = integrands[kind]()
     draw = stochtrace.sampler_signs(jnp.zeros(hessian.size, hessian.dtype), num=1)
 
     def one_sample(key):  # one vector at a time in memory
-        return integrand(hessian.matvec, draw(key)[0])
+        signs = draw(key)[0]
+        image = hessian.matvec(signs)
+        return signs @ image if kind == "trace" else norm(image)
 
     return jax.lax.map(one_sample, jax.random.split(key, num_samples))
