@@ -306,9 +306,7 @@ def test_the_size_of_the_hessian_makes_no_difference(power, which):
             "eigenvalues": top_eigenvalues(*given, k=2, which="both", key=0)[:2],
             "trace": trace(*given, num_samples=5, key=0),
             "norm": frobenius_norm(*given, num_samples=5, key=0),
-            "grid": spectral_density(
-                *given, num_matvecs=12, num_samples=3, key=0
-            ).grid,
+            "grid": spectral_density(*given, num_matvecs=12, num_samples=3, key=0).grid,
         }
 
     unit = 2.0**power
@@ -496,7 +494,9 @@ def test_an_unhashable_loss_is_refused():
         def __call__(self, x, batch):
             return self.scale * quadratic(x, batch)
 
-    with pytest.raises(TypeError, match="`loss_fn` must be hashable.* a plain function"):
+    with pytest.raises(
+        TypeError, match="`loss_fn` must be hashable.* a plain function"
+    ):
         trace(Model(2.0), jnp.ones(3), jnp.ones((1, 3)), num_samples=2, key=0)
 
 

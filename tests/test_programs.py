@@ -192,6 +192,4 @@ def test_an_unhashable_function_is_refused():
     with pytest.raises(TypeError, match="`predict_fn` must be hashable.*Scaled"):
         predict(Scaled(1.0), STATE, W, 0)
     with pytest.raises(TypeError, match="`predict_fn` must be hashable.*Scaled"):
-        collect_samples(
-            sgd_step(jnp.sum), W, (), jnp.zeros(4), predict_fn=Scaled(1.0)
-        )
+        collect_samples(sgd_step(jnp.sum), W, (), jnp.zeros(4), predict_fn=Scaled(1.0))

@@ -13,6 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from optax_flat._core import checks, convolutions, programs, trees
+from optax_flat._core.batches import Batches, as_batches
 from optax_flat.flatness import _batches, _progress
 
 
@@ -56,7 +57,7 @@ def run(
     key = checks.key(key)
     fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     params = trees.accumulator(params)
-    batches = _batches.as_batches(batches)
+    batches = as_batches(batches)
     _batches.check_deterministic(loss_fn, params, batches)
     if not batches.many:
         return _compiled(
@@ -95,7 +96,7 @@ def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
 
 @programs.jit("loss_fn", static_argnames=("program", "settings", "fast_convolutions"))
 def _compiled(params, batch, key, *, loss_fn, program, settings, fast_convolutions):
-    batches = _batches.Batches(False, batch, (batch,))
+    batches = Batches(False, batch, (batch,))
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     return _call(program, hessian, key, settings)
 

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, convolutions, noise, programs, trees
+from optax_flat._core.batches import Batches, as_batches
 from optax_flat.flatness._batches import (
-    Batches,
     LossFn,
-    as_batches,
     check_deterministic,
     is_traced,
     mean_over,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, extras, trees
+from optax_flat._core.batches import as_batches
 from optax_flat.flatness import _batches, _hessian
 from optax_flat.flatness._lanczos import norm, scaled
 
@@ -89,7 +90,7 @@ def hvp(
         "`vector`", vector, params, hint="Give one number for each of the params."
     )
     params = trees.accumulator(params)
-    given = _batches.as_batches(batches, one_pass=True)
+    given = as_batches(batches, one_pass=True)
     _batches.check_deterministic(loss_fn, params, given)
     vector = trees.cast_like(vector, params)
 

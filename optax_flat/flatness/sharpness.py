@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, trees
+from optax_flat._core.batches import Batches
 from optax_flat.flatness import _points
-from optax_flat.flatness._batches import Batches, LossFn, mean_over
+from optax_flat.flatness._batches import LossFn, mean_over
 from optax_flat.flatness.curvature import Estimate
 
 # Relative to rho, where an ascent with a key starts: far below what it measures, far
