@@ -4,6 +4,7 @@ One batch: the whole program is compiled, products and all. Many batches: its lo
 in Python, and each product goes through the batches, each by a compiled function.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -75,13 +76,17 @@ def run(
             count(1, result)
             return result
 
-        with jax.disable_jit():
+        with _mesh_of(params, batches.first), jax.disable_jit():
             return _call(program, hessian._replace(matvec=matvec), key, settings)
 
 
 def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
-    flat, unravel = ravel_pytree(params)
+    # On an Explicit mesh a vector of all parameters is whole on every device.
+    flat, unraveled = ravel_pytree(trees.replicated(params))
     users = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+    def unravel(vector):
+        return jax.tree.map(_placed_like, unraveled(vector), params)
 
     def matvec(vector):
         one_batch = functools.partial(
@@ -89,9 +94,23 @@ def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
         )
         with jax.default_matmul_precision(users):
             mean = _batches.mean_over(batches, one_batch, params, unravel(vector))
-            return ravel_pytree(mean)[0]
+            return ravel_pytree(trees.replicated(mean))[0]
 
     return Hessian(matvec, flat.size, flat.dtype, unravel)
+
+
+def _mesh_of(*trees_of_arrays):
+    """A context of the Explicit mesh that arrays lie on; operations alone want one."""
+    for leaf in jax.tree.leaves(trees_of_arrays):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+def _placed_like(leaf, partner):
+    there = jax.typeof(partner).sharding
+    return jax.sharding.reshard(leaf, there) if any(there.spec) else leaf
 
 
 @programs.jit("loss_fn", static_argnames=("program", "settings", "fast_convolutions"))

@@ -42,7 +42,8 @@ def check_batch_size(value: Any) -> int | None:
     return None if value is None else checks.integer("batch_size", value, 1)
 
 
-@functools.partial(jax.jit, static_argnames="law")
+# On an Explicit mesh `like` tells the devices, so it is kept although nothing reads it.
+@functools.partial(jax.jit, static_argnames="law", keep_unused=True)
 def draw(key: jax.Array, like: Any, law: str) -> Any:
     """One random direction like a tree.
 
