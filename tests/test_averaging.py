@@ -566,7 +566,7 @@ def test_batch_stats_nnx(pure):
         (lambda p, b, s: s, [1.0], jnp.zeros(2), ValueError, "got m = 1.0 .* training"),
         (lambda p, b, s: 0 * s + b, [jnp.nan], jnp.zeros(2), ValueError, "got m = nan"),
         (lambda p, b, s: [s], [1.0], jnp.zeros(2), ValueError, "(?s)structure .*got:"),
-        (lambda p, b, s: s, [], jnp.zeros(2), ValueError, "at least one minibatch"),
+        (lambda p, b, s: s, [], jnp.zeros(2), ValueError, "at least one batch"),
         (lambda p, b, s: s, [1.0], jnp.zeros(2, int), TypeError, "floating-point"),
     ],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Ensemble Kalman inversion and perturbation gradients beyond the contract."""
 
+import functools
 import re
 
 import jax
@@ -774,6 +775,128 @@ def test_other_errors():
         optax_flat.ensemble_kalman(
             ensemble_size=5, spread=0.1, sharding=sharding, key=0
         )
+
+
+def test_a_target_unlike_the_outputs_is_refused():
+    """Of every other shape, whether or not it has as many numbers, and by structure."""
+    x = jnp.ones((3, 2))
+
+    def model(x):
+        return {"a": jnp.ones((4, 3)) @ x, "b": (x[0], x.sum())}
+
+    arguments = {"ensemble_size": 4, "spread": 0.1, "key": 0}
+    tx = optax_flat.ensemble_kalman(noise_covariance=1.0, **arguments)
+    update = functools.partial(tx.update, None, tx.init(x), x, output_fn=model)
+    right = model(x)
+    jax.eval_shape(lambda: update(target=right))
+    wrong = [
+        right | {"a": right["a"].T},
+        right | {"a": right["a"][:1]},
+        right | {"a": right["a"].ravel()},
+        right | {"b": (right["b"][0], jnp.ones(1))},
+        right | {"b": list(right["b"])},
+        right["a"],
+        jnp.ones(11),
+        0.0,
+    ]
+    for target in wrong:
+        with pytest.raises(ValueError, match="(?s)`target` must have .*expected: "):
+            update(target=target)
+        with pytest.raises(ValueError, match="`target` must have the structure"):
+            jax.eval_shape(lambda target=target: update(target=target))
+
+
+@pytest.mark.parametrize("shape", [(1,), (2,), (1, 1), (2, 2), (1, 3), (3, 3, 3)])
+def test_a_covariance_of_another_number_of_outputs_is_refused(shape):
+    covariance = np.eye(shape[0]) if shape[:1] * 2 == shape else np.ones(shape)
+    if shape in ((1, 3), (3, 3, 3)):  # no square matrix at all: known at once
+        words = "`noise_covariance` must be"
+    else:
+        words = "for the M outputs, got shape .* for 3 outputs"
+    x = jnp.ones(3)
+    with pytest.raises(ValueError, match=words):
+        tx = optax_flat.ensemble_kalman(
+            ensemble_size=4, spread=0.1, noise_covariance=covariance, key=0
+        )
+        tx.update(None, tx.init(x), x, output_fn=lambda x: x, target=x)
+
+
+def test_outputs_and_losses_of_other_kinds_are_refused():
+    x = jnp.ones(3)
+    arguments = {"ensemble_size": 4, "spread": 0.1, "key": 0}
+    for tx in (
+        optax_flat.ensemble_kalman(**arguments),
+        optax_flat.perturbation_gradient(optax.sgd(0.1), **arguments),
+    ):
+        update = functools.partial(tx.update, None, tx.init(x), x)
+        for loss_fn in (lambda z: z, lambda z: (z.sum(), z), jnp.argmax):
+            with pytest.raises(TypeError, match="`loss_fn` must return the loss of"):
+                update(output_fn=lambda x: x, loss_fn=loss_fn)
+        with pytest.raises(ValueError, match="`output_fn` must return at least one"):
+            update(output_fn=lambda x: (), loss_fn=lambda z: jnp.zeros([]))
+        # Whole and Python numbers are as good as their floats.
+        numbers = update(
+            output_fn=lambda x: (jnp.round(40 * x).astype(int), 3),
+            loss_fn=lambda z: jnp.sum(z[0]) * z[1],
+        )
+        floats = update(
+            output_fn=lambda x: (jnp.round(40 * x), 3.0),
+            loss_fn=lambda z: jnp.sum(z[0]) * z[1],
+        )
+        assert_equal(numbers, floats)
+        assert float(jnp.abs(numbers[0]).max()) > 1e-3
+
+
+@pytest.mark.parametrize("antithetic", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_outputs_of_16_bits_are_subtracted_in_float32(dtype, antithetic):
+    """From 1 to -2^-13, which is further than 16 bits can tell."""
+
+    def output_fn(x):
+        return jnp.where(x > 0, -(2.0**-13), 1.0).astype(dtype)
+
+    _, c = optax_flat.perturbed_sum(
+        output_fn, jnp.sum, jnp.zeros([]), jnp.ones(1), antithetic=antithetic
+    )
+    exact = -(2.0**-13) - 1.0
+    np.testing.assert_array_equal(c, [exact / 2 if antithetic else exact])
+
+
+@pytest.mark.parametrize("kind", ["float", "tree", "prefix", "function"])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_map_params_over_states(kind, momentum):
+    """Optax's tool for sharding rules makes a state of a tree that holds nothing."""
+    params = {"k": jnp.ones((4, 3)), "b": {"c": jnp.zeros(3)}}
+    spread = {
+        "float": 0.1,
+        "tree": {"k": jnp.ones(3), "b": {"c": 0.2}},
+        "prefix": {"k": 0.1, "b": 0.2},
+        "function": lambda key: jax.tree.map(jnp.ones_like, params),
+    }[kind]
+    methods = [
+        optax_flat.ensemble_kalman(
+            ensemble_size=4, spread=spread, momentum=momentum, key=0
+        )
+    ]
+    if kind != "function":
+        methods.append(
+            optax_flat.perturbation_gradient(
+                optax.adam(0.1), ensemble_size=4, spread=spread, key=0
+            )
+        )
+    specs = {"k": "K", "b": {"c": "C"}}
+    for tx in methods:
+        found = optax.tree.map_params(
+            tx, lambda leaf, spec: spec, tx.init(params), specs,
+            transform_non_params=lambda leaf: "other",
+        )  # fmt: skip
+        leaves = jax.tree.leaves(found)
+        like_params = {"K": 1, "C": 1} if tx is methods[0] else {"K": 2, "C": 2}
+        if tx is methods[0] and momentum:
+            like_params = {"K": 3, "C": 3}
+        for spec, number in like_params.items():
+            assert leaves.count(spec) == number
+        assert set(leaves) == {"K", "C", "other"}
 
 
 @pytest.mark.parametrize("shape", [(2,), (1, 2, 3), (3, 3)])

@@ -1,6 +1,7 @@
 """Posteriors of IVON and bSAM, draws from them, and noise that prefers wide valleys."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -309,6 +310,39 @@ def test_sample_params_refuses():
         sample_params(x, state, 0)
     with pytest.raises(ValueError, match="`num_samples` must be an int >= 1, got 0"):
         predict(jnp.sum, state, x, 0, num_samples=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4,), (3, 1), (), (7,), (2, 3, 4)])
+@pytest.mark.parametrize("name", ["ivon", "bsam"])
+def test_params_of_other_shapes_have_no_draws(name, shape):
+    """Whether or not they broadcast, and within an optimizer that leaves some out."""
+    state = make(name).init(jnp.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"`params` must have the shapes .*\(3, 4\)"):
+        sample_params(state, jnp.ones(shape), 0)
+    tx = optax_flat.masked(make(name), {"a": True, "b": False})
+    state = tx.init({"a": jnp.ones((3, 4)), "b": jnp.ones(2)})
+    with pytest.raises(ValueError, match="`params` must have the shapes"):
+        sample_params(state, {"a": jnp.ones(shape), "b": jnp.ones(2)}, 0)
+
+
+def test_a_field_of_deviations_is_no_posterior():
+    """The methods without gradients are told what they have; what is around is not."""
+    x = jnp.ones(3)
+    arguments = {"ensemble_size": 4, "spread": 0.1, "key": 0}
+    for tx in (
+        optax_flat.ensemble_kalman(**arguments),
+        optax_flat.perturbation_gradient(optax.sgd(0.1), **arguments),
+    ):
+        with pytest.raises(ValueError, match="The members of ensemble_kalman are"):
+            sample_params(tx.init(x), x, 0)
+
+    class Around(NamedTuple):
+        deviations: jax.Array
+        inner: optax.OptState
+
+    state = make("ivon").init(x)
+    wrapped = Around(jnp.zeros(2), state)
+    assert_equal(sample_params(wrapped, x, 0), sample_params(state, x, 0))
 
 
 def test_predict_is_the_mean_over_draws():

@@ -30,6 +30,8 @@ def check_spread(spread: Any) -> None:
 
 def deviations_like(spread: Any, params: optax.Params) -> Any:
     """`spread`, a tree prefix of the params, as a tree of numbers like them."""
+    if is_empty(params):
+        return params
     try:
         deviations = jax.tree.broadcast(spread, params)
     except ValueError as error:
@@ -50,6 +52,11 @@ def deviations_like(spread: Any, params: optax.Params) -> Any:
                 f"to it, got shape {shape} for a leaf of shape {leaf.shape}."
             )
     return deviations
+
+
+def is_empty(params: Any) -> bool:
+    """Whether there is nothing, as in what stands for all params in Optax's tools."""
+    return not jax.tree.leaves(params)
 
 
 def check_functions(params: Any, **functions: Any) -> None:
@@ -83,12 +90,54 @@ def in_dtype_of(
     return convolutions.fast_if(fast_convolutions, evaluated)
 
 
+def wide(outputs: Any) -> Any:
+    """Outputs of the model as arrays of at least float32, which can be subtracted."""
+    if is_empty(outputs):
+        raise ValueError(
+            f"`output_fn` must return at least one array, got {outputs!r}. Return what "
+            "the loss of the outputs takes."
+        )
+    return trees.accumulator(jax.tree.map(jnp.asarray, outputs))
+
+
+def slopes(loss_fn: Callable[[Any], jax.Array], outputs: Any) -> Any:
+    """The gradient of the loss in the outputs, in their dtype."""
+
+    def scalar(outputs):
+        loss = loss_fn(outputs)
+        shape = jnp.shape(loss) if jax.tree_util.all_leaves([loss]) else "a tree"
+        if shape != () or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+            raise TypeError(
+                "`loss_fn` must return the loss of the outputs, one floating-point "
+                f"number, got {loss!r}. Return its mean over the examples, and nothing "
+                "beside it."
+            )
+        return loss
+
+    return jax.grad(scalar)(outputs)
+
+
+def check_target(target: Any, outputs: Any) -> None:
+    """The observations are like the outputs, which have a leading axis of members."""
+    got, expected = jax.tree.structure(target), jax.tree.structure(outputs)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(target)]
+    expected_shapes = [leaf.shape[1:] for leaf in jax.tree.leaves(outputs)]
+    if got != expected or shapes != expected_shapes:
+        raise ValueError(
+            "`target` must have the structure and the shapes of what `output_fn` "
+            f"returns.\n  got:      {got} of shapes {shapes}\n"
+            f"  expected: {expected} of shapes {expected_shapes}\n"
+            "Each observation belongs to the output in its place: transpose or reshape "
+            "`target`, or what `output_fn` returns."
+        )
+
+
 def flat(outputs: Any, leading: int = 0) -> jax.Array:
     """All outputs in one array of at least float32, after the leading axes.
 
     Where types carry shardings (on an Explicit mesh) it is the same on all devices.
     """
-    leaves = jax.tree.leaves(trees.replicated(trees.accumulator(trees.arrays(outputs))))
+    leaves = jax.tree.leaves(trees.replicated(wide(outputs)))
     shape = leaves[0].shape[:leading]
     size = [math.prod(leaf.shape[leading:]) for leaf in leaves]
     parts = [leaf.reshape(*shape, n) for leaf, n in zip(leaves, size, strict=True)]

@@ -1,21 +1,27 @@
 """Draws from the normal distribution of the params that a method has learned."""
 
-from typing import Any, Protocol, runtime_checkable
+import abc
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, modes, trees
 from optax_flat._core.noise import draw
 
 
-@runtime_checkable
-class Posterior(Protocol):
+class Posterior(abc.ABC):
     """A state with a normal distribution of the params, around `eval_params`."""
 
+    @abc.abstractmethod
     def deviations(self) -> Any:
         """The standard deviations, a tree like the params."""
-        ...
+
+    @classmethod
+    def __subclasshook__(cls, other):
+        # A field of that name, as `ensemble_kalman` has one, makes no posterior.
+        return callable(getattr(other, "deviations", None))
 
 
 def sample_params(
@@ -43,8 +49,8 @@ def sample_params(
       Params of the same structure and dtype.
 
     Raises:
-      ValueError: the state holds no posterior; a `key` that is none; or what
-        `eval_params` refuses.
+      ValueError: the state holds no posterior, or one of params of other shapes; a
+        `key` that is none; or what `eval_params` refuses.
 
     Example:
       Before any training the deviations are those of the first h:
@@ -61,19 +67,23 @@ def sample_params(
       >>> bool(abs(jnp.std(draws) - 1 / jnp.sqrt(100 * 0.25)) < 0.01)
       True
     """
-    mean = modes.eval_params(opt_state, params)
     posteriors = modes.states(modes.plain(opt_state), Posterior)
-    if not posteriors:
+    learned = [posterior.deviations() for posterior in posteriors]
+    for deviations in learned:
+        _check_shapes(deviations, modes.plain(params))
+    mean = modes.eval_params(opt_state, params)
+    if not learned:
         raise ValueError(
             "`sample_params` needs the state of an optimizer that learns a posterior, "
             f"optax_flat.ivon or optax_flat.bsam, got {type(opt_state).__name__} "
             "without one. (Samplers such as sgld have no posterior in their state: "
-            "their params are the samples, see optax_flat.training.collect_samples.)"
+            "their params are the samples, see optax_flat.training.collect_samples. "
+            "The members of ensemble_kalman are the params plus its state's "
+            "`deviations`.)"
         )
     key = checks.key(key)
     sampled = modes.plain(mean)
-    for posterior in posteriors:
-        deviations = posterior.deviations()
+    for deviations in learned:
         z = draw(key, deviations, "normal")
         sampled = trees.map_selected(
             lambda step, p: (p + step).astype(p.dtype),
@@ -81,3 +91,19 @@ def sample_params(
             sampled,
         )
     return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(sampled))
+
+
+def _check_shapes(deviations, params):
+    """Others might broadcast, and what comes out would be no draw of these params."""
+
+    def check(deviation, leaf):
+        shape = jnp.shape(leaf) if jax.tree_util.all_leaves([leaf]) else "a tree"
+        if shape != deviation.shape:
+            raise ValueError(
+                "`params` must have the shapes of those that the optimizer's state was "
+                f"made for, got {shape} where the posterior has {deviation.shape}. "
+                "Pass the params and the state that one `update` led to."
+            )
+        return leaf
+
+    trees.map_selected(check, deviations, params)

@@ -218,8 +218,9 @@ def ensemble_kalman(
 
     Raises:
       ValueError: an argument outside the range given above; or, in `update`, no
-        `output_fn`, or no `loss_fn` (`target` in the implicit form).
-      TypeError: an argument of the wrong type.
+        `output_fn`, or no `loss_fn` (`target` in the implicit form), a `target` unlike
+        the outputs, a covariance of another number of them.
+      TypeError: an argument of the wrong type, or a loss that is no number.
 
     Example:
       Least squares with more members than parameters, from outputs alone:
@@ -384,6 +385,8 @@ def _transformation(
 
 def _fresh(members, spread, key, x):
     """Deviations of the members that are here, of mean 0 over all."""
+    if ensembles.is_empty(x):
+        return x
 
     def member(index):
         member_key = jax.random.fold_in(key, index)
@@ -435,6 +438,7 @@ def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
     ensembles.check_functions((), loss_fn=loss_fn)
 
     def weigh(members, key, count, outputs):
+        outputs = ensembles.wide(outputs)
         z = ensembles.flat(outputs, leading=1)
         noise_key = key
         if output_axis_name is not None:  # other examples, other noise
@@ -442,8 +446,9 @@ def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
             noise_key = jax.random.fold_in(key, place)
         scale = at(output_noise, count)
         noise = _output_noise(members, noise_key, outputs, scale)
-        observed = optax.tree.add(trees.accumulator(outputs), noise)
-        slopes = ensembles.flat(jax.vmap(jax.grad(loss_fn))(observed), leading=1)
+        observed = optax.tree.add(outputs, noise)
+        slopes = jax.vmap(functools.partial(ensembles.slopes, loss_fn))(observed)
+        slopes = ensembles.flat(slopes, leading=1)
         healthy = _usable(z) & _usable(slopes)
         if output_axis_name is not None:
             healthy = jax.lax.pmin(healthy.astype(jnp.int32), output_axis_name) > 0
@@ -472,6 +477,8 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
         )
 
     def weigh(members, key, count, outputs):
+        outputs = ensembles.wide(outputs)
+        ensembles.check_target(target, outputs)
         z = ensembles.flat(outputs, leading=1)
         noise = _output_noise(members, key, outputs, at(output_noise, count))
         root = _root(noise_covariance, z)
@@ -500,9 +507,15 @@ def _kalman(target, *, step_size, noise_covariance, output_noise):
 def _root(covariance, z):
     """The Cholesky factor of the covariance; its diagonal if it is given as one."""
     covariance = jnp.asarray(covariance, z.dtype)
+    number = z.shape[1]
+    if covariance.shape not in ((), (number,), (number, number)):
+        raise ValueError(
+            "`noise_covariance` must be a float, variances [M] or a matrix [M, M] for "
+            f"the M outputs, got shape {covariance.shape} for {number} outputs."
+        )
     if covariance.ndim == 2:
         return jnp.linalg.cholesky(covariance)
-    return jnp.sqrt(jnp.broadcast_to(covariance, z.shape[1]))
+    return jnp.sqrt(jnp.broadcast_to(covariance, number))
 
 
 def _whitened(root, rows):
@@ -574,16 +587,15 @@ def _centred(members, z, healthy):
 
 
 def _output_noise(members, key, outputs, scale):
-    """Normal noise like the outputs, in the accumulators' dtype."""
-    like = trees.accumulator(outputs)
+    """Normal noise like the outputs."""
     if is_zero(scale):
-        return optax.tree.zeros_like(like)
+        return optax.tree.zeros_like(outputs)
     noise_key = jax.random.fold_in(key, _NOISE)
 
     def one(index, row):
         return draw(jax.random.fold_in(noise_key, index), row, "normal")
 
-    noise = jax.vmap(one)(members.indices(), like)
+    noise = jax.vmap(one)(members.indices(), outputs)
     return jax.tree.map(lambda z: scale * z, noise)
 
 
@@ -629,9 +641,9 @@ def _check_covariance(covariance, output_axis_name):
             f"`output_axis_name`={output_axis_name!r}. Leave one of the two out."
         )
     variances = np.asarray(covariance, float)
-    if variances.ndim == 2:
+    if variances.ndim == 2 and len(set(variances.shape)) == 1:
         variances = np.linalg.eigvalsh(variances)
-    if variances.ndim > 2 or not np.all(variances > 0):
+    if variances.ndim > 1 or not np.all(variances > 0):
         raise ValueError(
             "`noise_covariance` must be a float > 0, variances [M] > 0 or a positive "
             f"definite matrix [M, M], got {covariance!r}."

@@ -144,7 +144,7 @@ def perturbation_gradient(
     Raises:
       ValueError: an argument outside the range given above; or, in `update`, no
         `output_fn` or `loss_fn`.
-      TypeError: an argument of the wrong type.
+      TypeError: an argument of the wrong type, or a loss that is no number.
 
     Example:
       A model that cannot be differentiated, because it has signs inside:
@@ -269,14 +269,14 @@ def perturbation_gradient(
 
 
 def _outputs(output_fn, loss_fn, params):
-    outputs = output_fn(params)
-    return outputs, trees.accumulator(jax.grad(loss_fn)(outputs))
+    outputs = ensembles.wide(output_fn(params))
+    return outputs, ensembles.slopes(loss_fn, outputs)
 
 
 def _difference(output_fn, params, perturbation, outputs, antithetic):
     """What a perturbation changes in the outputs."""
-    ahead = output_fn(optax.tree.add(params, perturbation))
+    ahead = ensembles.wide(output_fn(optax.tree.add(params, perturbation)))
     if not antithetic:
         return optax.tree.sub(ahead, outputs)
-    behind = output_fn(optax.tree.sub(params, perturbation))
+    behind = ensembles.wide(output_fn(optax.tree.sub(params, perturbation)))
     return optax.tree.scale(0.5, optax.tree.sub(ahead, behind))

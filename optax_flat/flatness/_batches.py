@@ -1,14 +1,7 @@
-"""One batch or many: exact means over them, and checks that the loss is a function.
+"""Exact means over one batch or many, and checks that the loss is a function."""
 
-A list, an iterator or another iterable that is no pytree (a data loader) holds many
-batches, of which one at a time is in memory. Any other pytree, a tuple included, is
-one batch.
-"""
-
-import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,64 +10,10 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_flat._core import trees
+from optax_flat._core import programs, trees
+from optax_flat._core.batches import Batches
 
 LossFn = Callable[[Any, Any], jax.Array]
-
-
-@dataclasses.dataclass(eq=False)
-class Batches:
-    """What `as_batches` made of an argument `batches`."""
-
-    many: bool
-    first: Any  # the batch, or the first of many
-    all: Iterable[Any]
-    checked: bool = False  # with the loss, by `check_deterministic`
-    num_examples: int | None = None  # of many, in the passes so far
-
-
-def as_batches(batches: Any, *, one_pass: bool = False) -> Batches:
-    """Tells one batch from many; only with `one_pass` may it be an iterator.
-
-    What it has made before stays as it is, so that one check serves several measures.
-    """
-    if isinstance(batches, Batches):
-        return batches
-    if not _holds_many(batches):
-        return Batches(False, batches, (batches,))
-    if isinstance(batches, list):
-        _check_alike(batches)
-    if isinstance(batches, Iterator) and not one_pass:
-        raise TypeError(
-            "`batches` are gone through several times here, got the one-shot iterator "
-            f"{batches!r}. Give a list, or an object whose __iter__ starts anew each "
-            "time, such as a data loader."
-        )
-    iterator = iter(batches)
-    try:
-        first = next(iterator)
-    except StopIteration:
-        raise ValueError(
-            f"`batches` must hold at least one batch, got {batches!r}. Give one batch "
-            "(a pytree of arrays) or a list of batches."
-        ) from None
-    again = itertools.chain([first], iterator) if iterator is batches else batches
-    return Batches(True, first, again)
-
-
-def _check_alike(batches: list[Any]) -> None:
-    """Batches of a list differ by their number of examples only."""
-
-    def kind(batch):
-        leaves, structure = jax.tree.flatten(batch)
-        return structure, [(jnp.shape(x)[1:], jnp.result_type(x)) for x in leaves]
-
-    if any(kind(batch) != kind(batches[0]) for batch in batches[1:]):
-        raise ValueError(
-            "A list of `batches` holds many batches, which must be alike but for their "
-            f"number of examples, got {jax.tree.map(jnp.shape, batches)}. If these are "
-            "the parts of one batch, give a tuple: (x, y)."
-        )
 
 
 def mean_over(batches: Batches, fn: Callable[..., Any], *args: Any) -> Any:
@@ -143,7 +82,7 @@ def check_deterministic(
     """
     if batches.checked:
         return
-    _check_hashable(loss_fn)
+    programs.check_hashable("loss_fn", loss_fn)
     value = _shape(loss_fn, params, batches)
     dtype = getattr(value, "dtype", None)
     is_float = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
@@ -167,17 +106,6 @@ def check_deterministic(
     batches.checked = True
 
 
-def _check_hashable(loss_fn: LossFn) -> None:
-    try:
-        hash(loss_fn)
-    except TypeError as error:
-        raise TypeError(
-            "`loss_fn` must be hashable, since compiled programs are found by it, got "
-            f"an object of type {type(loss_fn).__name__} ({error}). Give a plain "
-            "function: lambda p, b: model_loss(p, b)."
-        ) from error
-
-
 def _shape(loss_fn: LossFn, params: optax.Params, batches: Batches) -> Any:
     try:
         return jax.eval_shape(loss_fn, params, batches.first)
@@ -198,7 +126,7 @@ def _check_fresh(
     def renewed(params, batch):
         return loss_fn(params, batch)
 
-    compiled = _compiled_loss(loss_fn, params, batch)
+    compiled = _compiled_loss(params, batch, loss_fn=loss_fn)
     rounding = max(1e-3, float(jnp.finfo(compiled.dtype).eps))
     close = functools.partial(np.allclose, rtol=rounding, atol=0.0, equal_nan=True)
     # Compiled in another way the same loss may round otherwise, compiled anew not.
@@ -212,8 +140,8 @@ def _check_fresh(
         )
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
-def _compiled_loss(loss_fn, params, batch):
+@programs.jit("loss_fn")
+def _compiled_loss(params, batch, *, loss_fn):
     return loss_fn(params, batch)
 
 
@@ -222,13 +150,6 @@ def _may_be_one(batches: Any) -> bool:
     if not isinstance(batches, list) or not jax.tree_util.all_leaves(batches):
         return False
     return len({jnp.shape(array)[:1] for array in batches}) == 1
-
-
-def _holds_many(batches: Any) -> bool:
-    if isinstance(batches, list | Iterator):
-        return True
-    is_leaf = jax.tree_util.all_leaves([batches])
-    return is_leaf and hasattr(batches, "__iter__") and not hasattr(batches, "shape")
 
 
 def _size(batch: Any) -> int:

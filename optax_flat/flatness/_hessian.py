@@ -6,15 +6,15 @@ in Python, and each product goes through the batches, each by a compiled functio
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import optax
-from jax.extend.core import Primitive
 from jax.flatten_util import ravel_pytree
 
-from optax_flat._core import checks, convolutions, trees
+from optax_flat._core import checks, convolutions, programs, trees
+from optax_flat._core.batches import Batches, as_batches
 from optax_flat.flatness import _batches, _progress
 
 
@@ -25,12 +25,10 @@ class Hessian(NamedTuple):
     size: int  # n
     dtype: Any  # at least float32
     unravel: Callable[[jax.Array], Any]  # [n] -> tree like params
-    # Makes of a function [n] -> [n] one that Matfree may trace.
-    opaque: Callable[[Callable[..., jax.Array]], Callable[..., jax.Array]]
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "fast_convolutions"))
-def product(loss_fn, fast_convolutions, params, vector, batch):
+@programs.jit("loss_fn", static_argnames=("fast_convolutions",))
+def product(params, vector, batch, *, loss_fn, fast_convolutions):
     """The Hessian on one batch times a vector: forward over reverse."""
     grad = jax.grad(loss_fn)
 
@@ -60,41 +58,64 @@ def run(
     key = checks.key(key)
     fast_convolutions = checks.flag("fast_convolutions", fast_convolutions)
     params = trees.accumulator(params)
-    batches = _batches.as_batches(batches)
+    batches = as_batches(batches)
     _batches.check_deterministic(loss_fn, params, batches)
     if not batches.many:
         return _compiled(
-            program, loss_fn, settings, fast_convolutions,
-            params=params, batch=batches.first, key=key,
+            params, batches.first, key, loss_fn=loss_fn, program=program,
+            settings=settings, fast_convolutions=fast_convolutions,
         )  # fmt: skip
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     if _batches.is_traced(params, batches.first, batches.all, key):
         return _call(program, hessian, key, settings)  # in the caller's program
-    with (
-        _progress.counter(progress, unit="product", desc="Hessian") as count,
-        jax.disable_jit(),
-        _in_python(hessian, count) as hessian,
-    ):
-        return _call(program, hessian, key, settings)
+    with _progress.counter(progress, unit="product", desc="Hessian") as count:
+
+        def matvec(vector):
+            with jax.disable_jit(False):
+                result = hessian.matvec(vector)
+            count(1, result)
+            return result
+
+        with _mesh_of(params, batches.first), jax.disable_jit():
+            return _call(program, hessian._replace(matvec=matvec), key, settings)
 
 
 def _hessian(loss_fn, fast_convolutions, params, batches) -> Hessian:
-    flat, unravel = ravel_pytree(params)
+    # On an Explicit mesh a vector of all parameters is whole on every device.
+    flat, unraveled = ravel_pytree(trees.replicated(params))
     users = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+
+    def unravel(vector):
+        return jax.tree.map(_placed_like, unraveled(vector), params)
 
     def matvec(vector):
         one_batch = functools.partial(
-            product, loss_fn, fast_convolutions, params, unravel(vector)
+            product, loss_fn=loss_fn, fast_convolutions=fast_convolutions
         )
         with jax.default_matmul_precision(users):
-            return ravel_pytree(_batches.mean_over(batches, one_batch))[0]
+            mean = _batches.mean_over(batches, one_batch, params, unravel(vector))
+            return ravel_pytree(trees.replicated(mean))[0]
 
-    return Hessian(matvec, flat.size, flat.dtype, unravel, opaque=lambda fn: fn)
+    return Hessian(matvec, flat.size, flat.dtype, unravel)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _compiled(program, loss_fn, settings, fast_convolutions, *, params, batch, key):
-    batches = _batches.Batches(False, batch, (batch,))
+def _mesh_of(*trees_of_arrays):
+    """A context of the Explicit mesh that arrays lie on; operations alone want one."""
+    for leaf in jax.tree.leaves(trees_of_arrays):
+        mesh = getattr(getattr(leaf, "sharding", None), "mesh", None)
+        if mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types:
+            return jax.set_mesh(mesh)
+    return contextlib.nullcontext()
+
+
+def _placed_like(leaf, partner):
+    there = jax.typeof(partner).sharding
+    return jax.sharding.reshard(leaf, there) if any(there.spec) else leaf
+
+
+@programs.jit("loss_fn", static_argnames=("program", "settings", "fast_convolutions"))
+def _compiled(params, batch, key, *, loss_fn, program, settings, fast_convolutions):
+    batches = Batches(False, batch, (batch,))
     hessian = _hessian(loss_fn, fast_convolutions, params, batches)
     return _call(program, hessian, key, settings)
 
@@ -104,42 +125,3 @@ def _call(program, hessian, key, settings):
     # vectors orthogonal. The loss keeps the user's setting.
     with jax.default_matmul_precision("highest"):
         return program(hessian, key, *settings)
-
-
-# Matfree traces a product before its loop starts. As a primitive the product stays
-# one opaque step there, and runs only when the loop, in Python, comes to it.
-_step = Primitive("hessian_vector_product")
-_step.def_impl(lambda vector, *, slot: slot.call(vector))
-_step.def_abstract_eval(lambda vector, *, slot: vector)
-
-
-class _Slot:
-    """Holds a product while a program runs: JAX keeps for longer what it traced."""
-
-    def __init__(self, call: Callable[..., jax.Array] | None):
-        self.call = call
-
-
-@contextlib.contextmanager
-def _in_python(
-    hessian: Hessian, count: Callable[[int, Any], None]
-) -> Iterator[Hessian]:
-    """The same Hessian for loops in Python, as long as the context lasts."""
-    slots = []
-
-    def opaque(fn):
-        slot = _Slot(fn)
-        slots.append(slot)
-        return lambda vector: _step.bind(vector, slot=slot)
-
-    def matvec(vector):
-        with jax.disable_jit(False):
-            result = hessian.matvec(vector)
-            count(1, result)
-        return result
-
-    try:
-        yield hessian._replace(matvec=opaque(matvec), opaque=opaque)
-    finally:
-        for slot in slots:
-            slot.call = None

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, convolutions, noise, trees
+from optax_flat._core import checks, convolutions, noise, programs, trees
+from optax_flat._core.batches import Batches, as_batches
 from optax_flat.flatness._batches import (
-    Batches,
     LossFn,
-    as_batches,
     check_deterministic,
     is_traced,
     mean_over,
@@ -43,7 +42,8 @@ def check_batch_size(value: Any) -> int | None:
     return None if value is None else checks.integer("batch_size", value, 1)
 
 
-@functools.partial(jax.jit, static_argnames="law")
+# On an Explicit mesh `like` tells the devices, so it is kept although nothing reads it.
+@functools.partial(jax.jit, static_argnames="law", keep_unused=True)
 def draw(key: jax.Array, like: Any, law: str) -> Any:
     """One random direction like a tree.
 
@@ -78,13 +78,13 @@ def mapped(
     return jax.lax.map(fn, xs, batch_size=batch_size)
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
+@programs.jit("loss_fn")
 def value(w: optax.Params, batch: Any, *, loss_fn: LossFn) -> Any:
     """The loss of a batch, in at least float32."""
     return trees.accumulator(loss_fn(w, batch))
 
 
-@functools.partial(jax.jit, static_argnames="loss_fn")
+@programs.jit("loss_fn")
 def value_and_grad(
     w: optax.Params, batch: Any, *, loss_fn: LossFn
 ) -> tuple[jax.Array, optax.Params]:
@@ -97,22 +97,27 @@ def in_one_program(
     w: optax.Params,
     batches: Batches,
     *args: Any,
+    loss_fn: LossFn,
     **settings: Any,
 ) -> Any:
-    """``fn(w, batches, *args, **settings)``, jitted as a whole if there is one batch.
+    """``fn(w, batches, *args, ...)``, jitted as a whole if there is one batch.
 
     `fn` must be a module's own function and the settings static, so that the program
     is found again.
     """
     if batches.many:
-        return fn(w, batches, *args, **settings)
-    return _jitted(fn, tuple(settings.items()), w, batches.first, *args)
+        return fn(w, batches, *args, loss_fn=loss_fn, **settings)
+    return _jitted(
+        w, batches.first, *args, loss_fn=loss_fn, fn=fn,
+        settings=tuple(settings.items()),
+    )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _jitted(fn, settings, w, batch, *args):
+@programs.jit("loss_fn", static_argnames=("fn", "settings"))
+def _jitted(w, batch, *args, loss_fn, fn, settings):
     # Not as_batches: the batch may be a list that was one of many.
-    return fn(w, Batches(False, batch, (batch,)), *args, **dict(settings))
+    batches = Batches(False, batch, (batch,))
+    return fn(w, batches, *args, loss_fn=loss_fn, **dict(settings))
 
 
 def repeat(
@@ -171,9 +176,7 @@ def average_rise(
     return found._replace(standard_error=jnp.hypot(found.standard_error, rounding))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss_fn", "law", "adaptive", *LOOP_ARGUMENTS)
-)
+@programs.jit("loss_fn", static_argnames=("law", "adaptive", *LOOP_ARGUMENTS))
 def _rises(w, size, keys, batch, *, loss_fn, law, adaptive, **loop):
     """For each key the mean rise at w + e and w - e, [S]; and f(w), []."""
     unit = scale(w, adaptive)

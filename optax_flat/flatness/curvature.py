@@ -1,5 +1,6 @@
 """Hessian-vector products, the trace and the Frobenius norm."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, extras, trees
+from optax_flat._core.batches import as_batches
 from optax_flat.flatness import _batches, _hessian
+from optax_flat.flatness._lanczos import norm, scaled
 
 
 class Estimate(NamedTuple):
@@ -26,8 +29,10 @@ class Estimate(NamedTuple):
 
 def estimate(samples: jax.Array) -> Estimate:
     """The mean of independent samples [S] and its standard error, 0 if S is 1."""
+    samples, unit = scaled(samples)
     variance = jnp.var(samples, ddof=min(1, samples.size - 1))
-    return Estimate(samples.mean(), jnp.sqrt(variance / samples.size))
+    error = jnp.sqrt(variance / samples.size)
+    return Estimate(unit * samples.mean(), unit * error)
 
 
 def hvp(
@@ -85,13 +90,13 @@ def hvp(
         "`vector`", vector, params, hint="Give one number for each of the params."
     )
     params = trees.accumulator(params)
-    given = _batches.as_batches(batches, one_pass=True)
+    given = as_batches(batches, one_pass=True)
     _batches.check_deterministic(loss_fn, params, given)
     vector = trees.cast_like(vector, params)
 
-    def one_batch(params, vector, batch):
-        return _hessian.product(loss_fn, fast_convolutions, params, vector, batch)
-
+    one_batch = functools.partial(
+        _hessian.product, loss_fn=loss_fn, fast_convolutions=fast_convolutions
+    )
     return _batches.mean_over(given, one_batch, params, vector)
 
 
@@ -154,7 +159,7 @@ def trace(
     """
     num_samples = checks.integer("num_samples", num_samples, 2)
     samples = _hessian.run(
-        _quadratic_forms, loss_fn, params, batches,
+        _of_signs, loss_fn, params, batches,
         key=key, settings=(num_samples, "trace"), progress=progress,
         fast_convolutions=fast_convolutions,
     )  # fmt: skip
@@ -216,28 +221,26 @@ def frobenius_norm(
       [5.0, 0.0]
     """
     num_samples = checks.integer("num_samples", num_samples, 2)
-    samples = _hessian.run(
-        _quadratic_forms, loss_fn, params, batches,
-        key=key, settings=(num_samples, "square"), progress=progress,
+    lengths = _hessian.run(
+        _of_signs, loss_fn, params, batches,
+        key=key, settings=(num_samples, "length"), progress=progress,
         fast_convolutions=fast_convolutions,
     )  # fmt: skip
-    square = estimate(samples)
+    lengths, unit = scaled(lengths)
+    square = estimate(lengths**2)
     value = jnp.sqrt(square.value)
     slope = jnp.where(value == 0.0, 0.0, 0.5 / jnp.where(value == 0.0, 1.0, value))
-    return Estimate(value, slope * square.standard_error)
+    return Estimate(unit * value, unit * slope * square.standard_error)
 
 
-def _quadratic_forms(hessian, key, num_samples, kind):
-    """For random signs v: v'Hv or v'HHv, [num_samples]."""
+def _of_signs(hessian, key, num_samples, kind):
+    """For random signs v: v'Hv or ||Hv||, [num_samples]."""
     stochtrace = extras.load("matfree.stochtrace", "flatness", "the trace")
-    integrands = {
-        "trace": stochtrace.monte_carlo_trace,
-        "square": stochtrace.monte_carlo_frobeniusnorm_squared,
-    }
-    integrand = integrands[kind]()
     draw = stochtrace.sampler_signs(jnp.zeros(hessian.size, hessian.dtype), num=1)
 
     def one_sample(key):  # one vector at a time in memory
-        return integrand(hessian.matvec, draw(key)[0])
+        signs = draw(key)[0]
+        image = hessian.matvec(signs)
+        return signs @ image if kind == "trace" else norm(image)
 
     return jax.lax.map(one_sample, jax.random.split(key, num_samples))

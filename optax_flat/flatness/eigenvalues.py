@@ -8,7 +8,7 @@ import optax
 
 from optax_flat._core import checks
 from optax_flat.flatness import _batches, _hessian
-from optax_flat.flatness._lanczos import lanczos
+from optax_flat.flatness._lanczos import eigh, lanczos, norm
 
 
 class Eigenvalues(NamedTuple):
@@ -56,12 +56,12 @@ def top_eigenvalues(
     several times. A last step diagonalizes :math:`H` in the span of all of them.
 
     It takes `k` (`num_matvecs` + 1) Hessian-vector products and holds `num_matvecs` + 2
-    `k` vectors like the params (three times the former while a step is made with many
-    batches, where it is not compiled as a whole). Eigenvalues that stand apart from the
-    rest, as the top ones of a network do, converge within few products. The residuals
-    tell the accuracy: *some* eigenvalue lies within the residual r of the value found,
-    and if the gap to all others is g, it lies within about :math:`r^2 / g`. That there
-    is none beyond, which Lanczos' method has not seen yet, no residual proves.
+    `k` vectors like the params, beside a few in the step. Eigenvalues that stand apart
+    from the rest, as the top ones of a network do, converge within few products. The
+    residuals tell the accuracy: *some* eigenvalue lies within the residual r of the
+    value found, and if the gap to all others is g, it lies within about
+    :math:`r^2 / g`. That there is none beyond, which Lanczos' method has not seen yet,
+    no residual proves.
 
     Cost:
       `k * (num_matvecs + 1)` Hessian-vector products over `batches`.
@@ -87,7 +87,6 @@ def top_eigenvalues(
     Raises:
       TypeError: `k` or `num_matvecs` not an int, a one-shot iterator, and as in `hvp`.
       ValueError: `k`, `which` or `num_matvecs` not as above, and as in `hvp`.
-      ImportError: the extra `flatness` is not installed.
 
     Example:
       >>> import jax.numpy as jnp
@@ -156,10 +155,10 @@ def _one_end(hessian, key, k, num_matvecs, sign):
             return rest - inside(rest) + shift * here
 
         start = jax.random.normal(keys[i], (hessian.size,), hessian.dtype)
-        ritz = lanczos(hessian.opaque(deflated), outside(start), num_matvecs)
+        ritz = lanczos(deflated, outside(start), num_matvecs)
         top = jnp.argmax(jnp.where(ritz.live, ritz.values, -jnp.inf))
         vector = outside(ritz.coefficients[:, top] @ ritz.basis)
-        found = found.at[i].set(vector / jnp.linalg.norm(vector))
+        found = found.at[i].set(vector / norm(vector))
         low, high = ritz.ends()
         below = low - (high - low) - jnp.abs(high)
         return found, jnp.where(i == 0, below, shift)
@@ -169,8 +168,8 @@ def _one_end(hessian, key, k, num_matvecs, sign):
     start = (nothing, jnp.zeros([], hessian.dtype))
     vectors, _ = jax.lax.fori_loop(0, k, one_pair, start)
     images = jax.lax.map(matvec, vectors)
-    values, rotation = jnp.linalg.eigh(vectors @ images.T)  # symmetrizes
+    values, rotation = eigh(vectors @ images.T)  # symmetrizes
     values, rotation = values[::-1], rotation.T[::-1]
     vectors, images = rotation @ vectors, rotation @ images
-    residuals = jnp.linalg.norm(images - values[:, None] * vectors, axis=1)
+    residuals = norm(images - values[:, None] * vectors)
     return sign * values, residuals, vectors

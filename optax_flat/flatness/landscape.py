@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, trees
+from optax_flat._core import checks, programs, trees
 from optax_flat.flatness import _points, _progress
 from optax_flat.flatness._batches import LossFn, mean_over
 from optax_flat.flatness.directions import random_direction
@@ -271,7 +271,7 @@ def _losses(
         return mean_over(batches, one_batch, w)
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", *_points.LOOP_ARGUMENTS))
+@programs.jit("loss_fn", static_argnames=_points.LOOP_ARGUMENTS)
 def _losses_at(w, directions, points, batch, *, loss_fn, **loop):
     def loss(position):
         point = w

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, noise, trees
+from optax_flat._core import checks, noise, programs, trees
 from optax_flat.flatness import _points
 from optax_flat.flatness._batches import LossFn, mean_over
 from optax_flat.flatness.curvature import Estimate
@@ -174,9 +174,7 @@ class _Chains(NamedTuple):
     size: jax.Array  # of the moves, []
 
 
-@functools.partial(
-    jax.jit, static_argnames=("loss_fn", "with_grads", *_points.LOOP_ARGUMENTS)
-)
+@programs.jit("loss_fn", static_argnames=("with_grads", *_points.LOOP_ARGUMENTS))
 def _losses(x, u, s, batch, *, loss_fn, with_grads, **loop):
     """f(x + s u) for each u, [C]; and its gradients in u, a tree like `u`."""
 

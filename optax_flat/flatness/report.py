@@ -6,8 +6,9 @@ from typing import Any
 import optax
 
 from optax_flat._core import checks, extras
+from optax_flat._core.batches import as_batches
 from optax_flat.flatness import _points
-from optax_flat.flatness._batches import LossFn, as_batches
+from optax_flat.flatness._batches import LossFn
 from optax_flat.flatness._measures import MEASURES, Run, Settings, compute
 from optax_flat.flatness._report import Report, words
 from optax_flat.flatness.directions import check_filter_axis

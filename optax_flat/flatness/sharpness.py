@@ -17,8 +17,9 @@ import jax.numpy as jnp
 import optax
 
 from optax_flat._core import checks, trees
+from optax_flat._core.batches import Batches
 from optax_flat.flatness import _points
-from optax_flat.flatness._batches import Batches, LossFn, mean_over
+from optax_flat.flatness._batches import LossFn, mean_over
 from optax_flat.flatness.curvature import Estimate
 
 # Relative to rho, where an ascent with a key starts: far below what it measures, far
@@ -243,8 +244,10 @@ def _worst_of_shards(w, batches, rho, start, *, m, batch_size, **settings):
     def worst(shard):
         return _worst(w, Batches(False, shard, (shard,)), rho, start, **settings)
 
+    # On an Explicit mesh a shard may lie across devices.
     shards = jax.tree.map(
-        lambda x: jnp.reshape(x, (-1, m, *jnp.shape(x)[1:])), batches.first
+        lambda x: jnp.reshape(x, (-1, m, *x.shape[1:])),
+        trees.replicated(jax.tree.map(jnp.asarray, batches.first)),
     )
     return _points.mapped(
         worst, shards, batch_size=batch_size,

@@ -1,6 +1,5 @@
 """Samples and predictive averages: from a sampler's run, or from a posterior."""
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, convolutions, modes, trees
+from optax_flat._core import checks, convolutions, modes, programs, trees
 from optax_flat._core.posteriors import sample_params
 
 
@@ -45,6 +44,7 @@ def collect_samples(
 
     A long run may be cut into several calls: each returns where it ended. The scan is
     compiled once for the same `step` and `predict_fn`, so make these outside the loop.
+    What was compiled, and the arrays these functions close over, is let go with them.
 
     Args:
       step: ``(params, opt_state, batch) -> (params, opt_state, loss)``, as
@@ -56,7 +56,7 @@ def collect_samples(
         If that much data does not fit, give indices and let the loss look them up.
       burn_in: steps before the first sample's own, >= 0.
       thin: steps per sample, >= 1.
-      predict_fn: ``params -> tree of floating-point arrays``, for instance the class
+      predict_fn: ``params -> tree of arrays or numbers``, for instance the class
         probabilities of test inputs; ``(params, aux)`` if there is `aux`.
       keep: whether the samples themselves are returned.
       aux: what moves along in the step: batch statistics, dropout keys. None if there
@@ -70,7 +70,7 @@ def collect_samples(
     Raises:
       ValueError: `burn_in` or `thin` too small, or batches that do not make whole
         samples.
-      TypeError: `burn_in` or `thin` not an int.
+      TypeError: `burn_in` or `thin` not an int, or a function that is not hashable.
 
     Example:
       >>> import jax.numpy as jnp, optax_flat
@@ -111,21 +111,22 @@ def predict(
     """Averages predictions over draws from the posterior of `ivon` or `bsam`.
 
     The draws are those of `optax_flat.sample_params`, made and used one at a time in
-    one `lax.scan`, which is compiled once for the same `predict_fn`.
+    one `lax.scan`, which is compiled once for the same `predict_fn` and let go with it:
+    for many batches of inputs make one function and pass them as `aux`.
 
     Cost:
       `num_samples` forward passes.
 
     Args:
-      predict_fn: ``params -> tree of floating-point arrays``, for instance the class
+      predict_fn: ``params -> tree of arrays or numbers``, for instance the class
         probabilities (not the logits) of test inputs; ``(params, aux)`` if there is
         `aux`.
       opt_state: the state of an optimizer that contains `ivon` or `bsam`.
       params: the current params.
       key: a typed or raw PRNG key, or an int.
       num_samples: draws, >= 1.
-      aux: what else the model takes, such as batch statistics. None if there is
-        nothing.
+      aux: what else the model takes, such as batch statistics or the inputs. None if
+        there is nothing.
       fast_convolutions: whether convolutions in the loop are given the layout that is
         fast on a CPU, see `optax_flat.training.fast_convolutions`.
 
@@ -135,7 +136,7 @@ def predict(
     Raises:
       ValueError: the state holds no posterior, `num_samples` below 1, or a `key` that
         is none.
-      TypeError: `num_samples` not an int.
+      TypeError: `num_samples` not an int, or a `predict_fn` that is not hashable.
 
     Example:
       >>> import jax.numpy as jnp, optax_flat
@@ -156,15 +157,13 @@ def predict(
     )  # fmt: skip
 
 
-@functools.partial(
-    jax.jit, static_argnames=("predict_fn", "num_samples", "fast_convolutions")
-)
+@programs.jit("predict_fn", static_argnames=("num_samples", "fast_convolutions"))
 def _mean_prediction(
     opt_state, params, key, extra, *, predict_fn, num_samples, fast_convolutions
 ):
     def one(key):
         sample = sample_params(opt_state, params, key)
-        return trees.accumulator(predict_fn(sample, *extra))
+        return _averaged(predict_fn(sample, *extra))
 
     def add(total, key):
         return jax.tree.map(jnp.add, total, one(key)), None
@@ -176,11 +175,9 @@ def _mean_prediction(
     return jax.tree.map(lambda x: x / num_samples, total)
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=(
-        "step", "burn_in", "thin", "predict_fn", "keep", "fast_convolutions",
-    ),
+@programs.jit(
+    "step", "predict_fn",
+    static_argnames=("burn_in", "thin", "keep", "fast_convolutions"),
 )  # fmt: skip
 def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep, fast_convolutions):
     step = convolutions.fast_if(fast_convolutions, step)
@@ -195,7 +192,7 @@ def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep, fast_convolut
 
     def predict(sample, extra):
         fast = convolutions.fast_if(fast_convolutions, predict_fn)
-        return trees.accumulator(fast(sample, *extra))
+        return _averaged(fast(sample, *extra))
 
     def one_sample(carry, batches):
         chain, mean, taken = carry
@@ -217,6 +214,11 @@ def _run(chain, batches, *, step, burn_in, thin, predict_fn, keep, fast_convolut
     losses = jnp.concatenate([early, late.ravel()])
     aux = extra[0] if extra else None
     return Samples(params, opt_state, aux, losses, samples, mean)
+
+
+def _averaged(prediction):
+    """What predictions are summed up in: at least float32, of Python numbers too."""
+    return trees.accumulator(jax.tree.map(jnp.asarray, prediction))
 
 
 def _check_length(batches, burn_in, thin):
