@@ -249,11 +249,11 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
       quantile: what part of the entries is left out, in [0, 1).
 
     Returns:
-      An `optax.GradientTransformation`. It sorts the gradient, which takes longer than
-      anything else here, and under sharding gathers it.
+      An `optax.GradientTransformation`. It finds the quantile by counting entries, over
+      and over: under sharding nothing is gathered, and what is sent are counts.
 
     Raises:
-      ValueError: a quantile outside [0, 1).
+      ValueError: a quantile outside [0, 1); in `update`, more than 2^32 entries.
       TypeError: an argument of the wrong type.
 
     Example:
@@ -276,23 +276,62 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         z = jax.tree.map(z_score, trees.accumulator(updates))
         if not jax.tree.leaves(z):
             return updates
-        whole = trees.replicated(z)  # the quantile is that of all entries
-        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
-        if not flat.size:
+        size = sum(leaf.size for leaf in jax.tree.leaves(z))
+        if not size:
             return updates
-        # `jnp.quantile` counts places in float32, which ends at 2^24 entries. Both
-        # numbers come from the sort: a maximum XLA would put into every leaf's loop.
-        ordered, place = jnp.sort(flat), quantile * (flat.size - 1)
-        below, between = int(place), place % 1
-        above = min(below + 1, flat.size - 1)
-        threshold = ordered[below] + between * (ordered[above] - ordered[below])
-        nothing = ordered[-1] <= threshold
+        place = quantile * (size - 1)
+        below, above, most = _ordered(z, int(place), size)
+        threshold = below + place % 1 * (above - below)
+        nothing = most <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),
             updates, z,
         )  # fmt: skip
 
     return optax.stateless(update)
+
+
+def _ordered(z, place, size):
+    """In the order of all entries that at a place, the next, and the last one.
+
+    Without a sort, which would gather what is sharded: the bits of numbers that are not
+    negative are ordered as the numbers are, NaN at the end, so each bit is decided by
+    one count.
+    """
+    if size > 2**32:
+        raise ValueError(
+            f"the quantile of {size} entries: at most 2^32 can be counted. Take "
+            "another rule, or `optax_flat.masked` for a part of the params."
+        )
+    leaves = [leaf for leaf in jax.tree.leaves(z) if leaf.size]
+    dtype = jnp.result_type(*leaves)
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
+    bits = [
+        jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned) & no_sign
+        for leaf in leaves
+    ]
+
+    # Stacks: a chain of operations XLA would put into every leaf's loop.
+    def over_leaves(reduce, entries):
+        return reduce(jnp.stack([reduce(leaf) for leaf in entries]))
+
+    def count(end):
+        upto = [(leaf <= end).astype(jnp.uint32) for leaf in bits]
+        return over_leaves(jnp.sum, upto)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = low + (high - low) // 2
+        found = count(middle) > place
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    least, most = over_leaves(jnp.min, bits), over_leaves(jnp.max, bits)
+    at = jax.lax.fori_loop(0, 8 * dtype.itemsize, halve, (least, most))[1]
+    larger = [jnp.where(leaf > at, leaf, most) for leaf in bits]
+    repeats = count(at) > min(place + 1, size - 1)
+    following = jnp.where(repeats, at, over_leaves(jnp.min, larger))
+    return [jax.lax.bitcast_convert_type(x, dtype) for x in (at, following, most)]
 
 
 def random_leaves(

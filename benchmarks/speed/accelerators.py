@@ -182,7 +182,7 @@ def plain(name: str, **settings: Any) -> dict[str, Method]:
 def forward(name: str, passes: int, gradients: int = 0, **settings: Any) -> Any:
     """A method that evaluates the model itself."""
     factory = getattr(optax_flat, name)
-    made = Method(lambda: factory(**settings), gradients, forward_passes=passes)
+    made = Method(lambda: factory(**settings), gradients, True, passes)
     return {name: made}
 
 
@@ -206,7 +206,7 @@ def catalogue() -> dict[str, Method]:
         **walk("entropy_sgd", LENGTH, learning_rate=1.0, **of_walk),
         **walk("local_entropy", LENGTH, **around, **of_walk),
         **walk("parle", LENGTH, learning_rate=1.0, axis_name=None, **of_walk),
-        **plain("elastic_averaging", axis_name=None, **around),
+        **plain("elastic_averaging", coupling=0.1, axis_name=None, **around),
         **sharp("sam"),
         **sharp("asam"),
         **sharp("gsam"),
@@ -226,7 +226,7 @@ def catalogue() -> dict[str, Method]:
             "ivon", LENGTH, learning_rate=0.1, ess=1e6, num_samples=LENGTH, key=0,
             one=True,
         ),
-        **walk("bsam", 2, learning_rate=0.1, num_data=1e6, key=0),
+        **walk("bsam", 2, learning_rate=0.1, num_data=1e6, key=0, one=True),
         **plain("entropy_mcmc", learning_rate=0.1, **noisy),
         **plain("anti_pgd", learning_rate=0.1, noise=1e-2, key=0),
         **plain("sgld", learning_rate=0.1, **noisy),
