@@ -14,8 +14,9 @@ program what each chip sends. Nothing runs, so nothing here is a speed.
 A collective of at least 4 KiB counts; smaller ones (norms, losses) have a column of
 their own. An all-gather of b bytes, a reduce-scatter of b bytes and an all-to-all send
 (n - 1) / n b from each of n chips, an all-reduce twice that. `sent_per_gradient` is in
-units of what the gradient's program sends, `temporaries` and `state` in bytes per
-parameter of the shard of a chip, and `over_adam` is the first without Adam's.
+units of what the gradient's program sends. `state` is in bytes per parameter, and so is
+`over_adam`, by how much a chip's temporaries exceed those of Adam beside it, per
+parameter of its shard.
 
     python -m benchmarks.speed.accelerators
 
@@ -39,6 +40,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
+from operator import contains
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,14 +58,12 @@ from optax_flat.training import make_train_step
 
 MEASURES = (
     "state",
-    "temporaries",
     "over_adam",
     "peak_mib",
     "collectives",
     "small_collectives",
     "sent_mib",
     "sent_per_gradient",
-    "compile_seconds",
 )
 LENGTH = 4  # gradients of a walk
 MEMBERS = 4  # of an ensemble
@@ -141,7 +141,7 @@ SIZES = {
     "30M": Size(8192, 128, 512, 8, 64),
     "1.3B": Size(32768, 1024, 2048, 24, 128),
 }
-SMOKE = Size(512, 32, 64, 4, 16)
+SMOKE = Size(1024, 32, 256, 2, 32)
 # Half of the time for GPUs; neither memory nor collectives depend on it.
 QUICK = {
     "xla_backend_optimization_level": 0,
@@ -525,13 +525,14 @@ def main() -> None:
     packages = dict.fromkeys(MACHINES[name].package for name in MACHINES)
     settings = {package: version(package) for package in packages}
     rows = Rows(options.out, {"sizes": sizes, "length": LENGTH, **settings})
-    names = [
-        f"{machine}/{size}/{layers}/{method}"
+    planned = [
+        (machine, size, layers, method)
         for machine, size, layers, methods in plan
-        if machine in machines and size in options.sizes and layers in options.layers
-        for method in options.methods
+        for method in known
         if methods is None or method in methods
     ]
+    chosen = (machines, options.sizes, options.layers, options.methods)
+    names = ["/".join(names) for names in planned if all(map(contains, chosen, names))]
     for name, seed in rows.pending(names, range(options.seeds)):
         machine, size, layers, method = name.split("/")
         chips = Mesh(np.array(MACHINES[machine].devices()), ("chips",))
@@ -539,7 +540,8 @@ def main() -> None:
         quick = QUICK if options.smoke and machine.startswith("h100") else None
         rows.record(name, seed, measure(method, model, quick))
         jax.clear_caches()
-    write_results(list(rows), options.out)
+    places = {"/".join(names): place for place, names in enumerate(planned)}
+    write_results(sorted(rows, key=lambda row: places[row["method"]]), options.out)
 
 
 def write_results(rows: list[Row], folder: Path) -> None:
