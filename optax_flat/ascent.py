@@ -279,8 +279,15 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         size = sum(leaf.size for leaf in jax.tree.leaves(z))
         if not size:
             return updates
+        if size > 2**32:
+            raise ValueError(
+                f"the quantile of {size} entries: at most 2^32 can be counted. Take "
+                "another rule, or `optax_flat.masked` for a part of the params."
+            )
         place = quantile * (size - 1)
-        below, above, most = _ordered(z, int(place), size)
+        below = int(place)
+        places = below, min(below + 1, size - 1), size - 1
+        below, above, most = _ordered(z, places)
         threshold = below + place % 1 * (above - below)
         nothing = most <= threshold
         return jax.tree.map(
@@ -291,47 +298,37 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
     return optax.stateless(update)
 
 
-def _ordered(z, place, size):
-    """In the order of all entries that at a place, the next, and the last one.
+def _ordered(z, places):
+    """The numbers at some places in the order of all entries of a tree.
 
     Without a sort, which would gather what is sharded: the bits of numbers that are not
     negative are ordered as the numbers are, NaN at the end, so each bit is decided by
     one count.
     """
-    if size > 2**32:
-        raise ValueError(
-            f"the quantile of {size} entries: at most 2^32 can be counted. Take "
-            "another rule, or `optax_flat.masked` for a part of the params."
-        )
     leaves = [leaf for leaf in jax.tree.leaves(z) if leaf.size]
     dtype = jnp.result_type(*leaves)
     unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
-    no_sign = jnp.asarray(jnp.iinfo(unsigned).max >> 1, unsigned)
+    last = np.array(np.iinfo(unsigned).max >> 1, unsigned)
     bits = [
-        jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned) & no_sign
+        jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned) & last
         for leaf in leaves
     ]
 
-    # Stacks: a chain of operations XLA would put into every leaf's loop.
-    def over_leaves(reduce, entries):
-        return reduce(jnp.stack([reduce(leaf) for leaf in entries]))
-
     def count(end):
-        upto = [(leaf <= end).astype(jnp.uint32) for leaf in bits]
-        return over_leaves(jnp.sum, upto)
+        return sum(jnp.sum(leaf <= end, dtype=jnp.uint32) for leaf in bits)
 
     def halve(_, ends):
         low, high = ends
         middle = low + (high - low) // 2
-        found = count(middle) > place
+        found = jnp.stack([count(end) for end in middle]) > np.uint32(places)
         return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
 
-    least, most = over_leaves(jnp.min, bits), over_leaves(jnp.max, bits)
-    at = jax.lax.fori_loop(0, 8 * dtype.itemsize, halve, (least, most))[1]
-    larger = [jnp.where(leaf > at, leaf, most) for leaf in bits]
-    repeats = count(at) > min(place + 1, size - 1)
-    following = jnp.where(repeats, at, over_leaves(jnp.min, larger))
-    return [jax.lax.bitcast_convert_type(x, dtype) for x in (at, following, most)]
+    # Zero, which varies over devices in `jax.shard_map` as the entries do.
+    first = sum(jnp.min(leaf) for leaf in bits) * np.zeros(len(places), unsigned)
+    steps = 8 * dtype.itemsize
+    # XLA would put what is made of all leaves into each one's loop, but not a loop.
+    _, found = jax.lax.fori_loop(0, steps, halve, (first, first + last))
+    return jax.lax.bitcast_convert_type(found, dtype)
 
 
 def random_leaves(

@@ -95,8 +95,10 @@ def test_every_method_compiles(machine, tmp_path):
             faults.append(f"{name}: temporaries of {row['temporaries_mib']} MiB")
         if not gradients:  # forward passes gather the params, no more
             gradients = passes
-        elif row["collectives"] != gradients * gradient["collectives"]:
+        elif row["collectives"] > gradients * gradient["collectives"]:
             faults.append(f"{name}: {row['collectives']} collectives")
+        elif row["collectives"] < 0.9 * gradients * gradient["collectives"]:
+            faults.append(f"{name}: too few collectives to be {gradients} gradients")
         # Norms and quantiles are numbers.
         if row["sent_mib"] > 1.001 * gradients * gradient["sent_mib"]:
             faults.append(f"{name}: sends {row['sent_mib']} MiB")
