@@ -68,6 +68,47 @@ def test_a_missing_compiler_is_named(monkeypatch, capsys):
         accelerators.with_compilers(["h100-8"])
 
 
+def faults(rows):
+    """What programs need or send beyond their gradients; `rows` by method."""
+    gradient, found = rows["gradient"], []
+    whole = 4 * gradient["parameters"] / 2**20
+    for name, row in rows.items():
+        gradients = row["gradient_evaluations"]
+        passes = max(1, row["forward_passes"])  # side by side: as many are gathered
+        if row["largest_mib"] > passes * gradient["largest_mib"]:
+            found.append(f"{name}: an array of {row['largest_mib']} MiB")
+        if row["temporaries_mib"] - passes * gradient["temporaries_mib"] > whole:
+            found.append(f"{name}: temporaries of {row['temporaries_mib']} MiB")
+        if not gradients:  # forward passes gather the params, no more
+            gradients = passes
+        elif row["collectives"] > gradients * gradient["collectives"]:
+            found.append(f"{name}: {row['collectives']} collectives")
+        elif row["collectives"] < 0.9 * gradients * gradient["collectives"]:
+            found.append(f"{name}: {row['collectives']} are too few collectives")
+        # Norms and quantiles are numbers.
+        if row["sent_mib"] > 1.001 * gradients * gradient["sent_mib"]:
+            found.append(f"{name}: sends {row['sent_mib']} MiB")
+    return found
+
+
+def test_faults_are_found():
+    gradient = {
+        "gradient_evaluations": 1, "forward_passes": 0, "parameters": 2**18,
+        "largest_mib": 0.5, "temporaries_mib": 1.0, "collectives": 10, "sent_mib": 3.0,
+    }  # fmt: skip
+    two = gradient | {"gradient_evaluations": 2, "collectives": 20, "sent_mib": 6.0}
+    assert faults({"gradient": gradient, "sam": two}) == []
+    for name, value, said in (
+        ("largest_mib", 1.0, "an array of 1.0 MiB"),
+        ("temporaries_mib", 2.1, "temporaries of 2.1 MiB"),
+        ("collectives", 21, "21 collectives"),
+        ("collectives", 10, "10 are too few collectives"),
+        ("sent_mib", 6.1, "sends 6.1 MiB"),
+    ):
+        rows = {"gradient": gradient, "sam": two | {name: value}}
+        assert faults(rows) == [f"sam: {said}"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "machine",
@@ -81,28 +122,8 @@ def test_every_method_compiles(machine, tmp_path):
         row["method"].rpartition("/")[2]: row
         for row in json.loads((tmp_path / "rows.json").read_text())
     }
-    known = accelerators.catalogue()
-    assert rows.keys() == known.keys()
-    gradient = rows["gradient"]
-    whole = 4 * gradient["parameters"] / 2**20
-    faults = []
-    for name, row in rows.items():
-        gradients = row["gradient_evaluations"]
-        passes = max(1, row["forward_passes"])  # side by side: as many are gathered
-        if row["largest_mib"] > passes * gradient["largest_mib"]:
-            faults.append(f"{name}: an array of {row['largest_mib']} MiB")
-        if row["temporaries_mib"] - passes * gradient["temporaries_mib"] > whole:
-            faults.append(f"{name}: temporaries of {row['temporaries_mib']} MiB")
-        if not gradients:  # forward passes gather the params, no more
-            gradients = passes
-        elif row["collectives"] > gradients * gradient["collectives"]:
-            faults.append(f"{name}: {row['collectives']} collectives")
-        elif row["collectives"] < 0.9 * gradients * gradient["collectives"]:
-            faults.append(f"{name}: too few collectives to be {gradients} gradients")
-        # Norms and quantiles are numbers.
-        if row["sent_mib"] > 1.001 * gradients * gradient["sent_mib"]:
-            faults.append(f"{name}: sends {row['sent_mib']} MiB")
-    assert faults == []
+    assert rows.keys() == accelerators.catalogue().keys()
+    assert faults(rows) == []
 
 
 @pytest.mark.slow

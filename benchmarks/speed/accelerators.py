@@ -26,8 +26,8 @@ is left out.
 
 import os
 
-# A compiler's package must not make JAX look for the machine. Left to itself, libtpu asks
-# the network for its host and lets one process at a time in.
+# A compiler's package must not make JAX look for the machine. Left to itself, libtpu
+# asks the network for its host and lets one process at a time in.
 os.environ.update(
     JAX_PLATFORMS="cpu",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
