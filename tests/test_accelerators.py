@@ -73,20 +73,19 @@ def faults(rows):
     gradient, found = rows["gradient"], []
     whole = 4 * gradient["parameters"] / 2**20
     for name, row in rows.items():
-        gradients = row["gradient_evaluations"]
-        passes = max(1, row["forward_passes"])  # side by side: as many are gathered
+        gradients, passes = row["gradient_evaluations"], row["forward_passes"]
+        budget = gradients + passes  # a forward pass gathers the params as well
+        passes = max(1, passes)  # side by side
         if row["largest_mib"] > passes * gradient["largest_mib"]:
             found.append(f"{name}: an array of {row['largest_mib']} MiB")
         if row["temporaries_mib"] - passes * gradient["temporaries_mib"] > whole:
             found.append(f"{name}: temporaries of {row['temporaries_mib']} MiB")
-        if not gradients:  # forward passes gather the params, no more
-            gradients = passes
-        elif row["collectives"] > gradients * gradient["collectives"]:
+        if row["collectives"] > budget * gradient["collectives"]:
             found.append(f"{name}: {row['collectives']} collectives")
-        elif row["collectives"] < 0.9 * gradients * gradient["collectives"]:
+        if row["collectives"] < 0.9 * gradients * gradient["collectives"]:
             found.append(f"{name}: {row['collectives']} are too few collectives")
         # Norms and quantiles are numbers.
-        if row["sent_mib"] > 1.001 * gradients * gradient["sent_mib"]:
+        if row["sent_mib"] > 1.001 * budget * gradient["sent_mib"]:
             found.append(f"{name}: sends {row['sent_mib']} MiB")
     return found
 

@@ -182,7 +182,7 @@ def plain(name: str, **settings: Any) -> dict[str, Method]:
 
 
 def forward(name: str, passes: int, gradients: int = 0, **settings: Any) -> Any:
-    """A method that evaluates the model itself."""
+    """A method that evaluates the model itself; `make_train_step` does once more."""
     factory = getattr(optax_flat, name)
     made = Method(lambda: factory(**settings), gradients, True, passes)
     return {name: made}
@@ -223,7 +223,7 @@ def catalogue() -> dict[str, Method]:
         **walk("momentum_sam", 1, outer=optax.sgd(0.1, 0.9)),
         **walk("lookbehind_sam", LENGTH, num_steps=LENGTH - 1, one=True, **around),
         **sharp("sampa"),
-        **forward("functional_sam", 0, 2, **around),
+        **forward("functional_sam", 1, 2, **around),
         **walk(
             "ivon", LENGTH, learning_rate=0.1, ess=1e6, num_samples=LENGTH, key=0,
             one=True,
