@@ -2,7 +2,8 @@
 
 XLA's own cost analysis counts the body of a loop once. Here it counts as often as the
 loop runs, which the text tells, and of the branches of a conditional the one that
-communicates most counts.
+communicates most counts. TPUs' programs name a collective in each fusion that runs
+beside it, with the same channel; it counts once.
 """
 
 import math
@@ -36,9 +37,12 @@ _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*)
 _SHAPE = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BODY = re.compile(r"body=%?([\w.-]+)")
+_CONDITION = re.compile(r"condition=%?([\w.-]+)")
+_NAME = re.compile(r"%?([\w.-]+)")
 _BRANCHES = re.compile(
     r"(?:branch_computations=\{([^}]*)\}|(?:true|false)_computation=%?([\w.-]+))"
 )
+_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
 _CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
 
@@ -88,18 +92,33 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
     return computations, entry
 
 
-def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> Costs:
+def _of_computation(
+    name: str,
+    computations: dict[str, list[_Instruction]],
+    fused_in: set[str] | None = None,
+) -> Costs:
+    """What one run of a computation costs.
+
+    `fused_in` are the channels that the caller has counted, if this is a fusion of it.
+    """
     flops, collectives = 0, Counter()
+    named = {found.name: found for found in computations[name]}
     shapes = {found.name: found.shapes for found in computations[name]}
+    channels = set() if fused_in is None else fused_in
     for found in computations[name]:
         # Asynchronous ones come in two halves, of which the second has the result.
         kind = found.opcode.removesuffix("-done")
         if kind in _COLLECTIVES:
-            collectives[Collective(kind, _bytes(found.shapes))] += 1
+            channel = _CHANNEL.search(found.rest)
+            if channel is None or channel[1] not in channels:
+                collectives[_collective(kind, found.shapes, name, shapes)] += 1
+            if channel is not None:
+                channels.add(channel[1])
         elif found.opcode == "dot":
             flops += _flops(found, shapes)
-        times, called = _called(found)
-        options = [_of_computation(other, computations) for other in called]
+        times, called = _called(found, named, computations)
+        within = channels if found.opcode == "fusion" else None
+        options = [_of_computation(other, computations, within) for other in called]
         if options:
             most = max(options, key=lambda costs: (total_bytes(costs), costs.flops))
             flops += times * most.flops
@@ -108,27 +127,81 @@ def _of_computation(name: str, computations: dict[str, list[_Instruction]]) -> C
     return Costs(flops, collectives)
 
 
+def _collective(
+    kind: str, result: str, computation: str, shapes: dict[str, str]
+) -> Collective:
+    """A collective; a reduce-scatter is a fusion of two instructions on TPUs."""
+    if computation.startswith("all-reduce-scatter"):
+        return Collective("reduce-scatter", _bytes(list(shapes.values())[-1]))
+    return Collective(kind, _bytes(result))
+
+
 def total_bytes(costs: Costs) -> int:
     """Bytes of the results of all collectives."""
     return sum(c.bytes * times for c, times in costs.collectives.items())
 
 
-def _called(found: _Instruction) -> tuple[int, list[str]]:
+def _called(
+    found: _Instruction,
+    named: dict[str, _Instruction],
+    computations: dict[str, list[_Instruction]],
+) -> tuple[int, list[str]]:
     """How often an instruction calls one of the computations that follow."""
     if found.opcode == "while":
-        trips = _TRIPS.search(found.rest)
+        stated = _TRIPS.search(found.rest)
+        trips = int(stated[1]) if stated else _counted(found, named, computations)
         if trips is None:
             raise ValueError(
                 f"the loop {found.name} has no number of runs that is known when it is "
                 "compiled, so its costs are unknown. Use `jax.lax.scan`."
             )
-        return int(trips[1]), _BODY.findall(found.rest)
+        return trips, _BODY.findall(found.rest)
     if found.opcode == "conditional":
         listed = " ".join(a or b for a, b in _BRANCHES.findall(found.rest))
         return 1, re.findall(r"[\w.-]+", listed)
     if found.opcode in ("fusion", "call"):
         return 1, _CALLED.findall(found.rest)
     return 1, []
+
+
+def _counted(
+    loop: _Instruction,
+    named: dict[str, _Instruction],
+    computations: dict[str, list[_Instruction]],
+) -> int | None:
+    """The runs of a loop of `jax.lax.scan`, which counts up to a constant by ones."""
+
+    def constant(name: str, among: dict[str, _Instruction]) -> int | None:
+        while name in among and among[name].opcode in ("copy", "bitcast"):
+            name = _NAME.findall(among[name].rest)[0]
+        is_one = name in among and among[name].opcode == "constant"
+        return int(among[name].rest.partition(")")[0]) if is_one else None
+
+    condition = {i.name: i for i in computations[_CONDITION.findall(loop.rest)[0]]}
+    *_, compared = condition.values()
+    if compared.opcode != "compare" or "direction=LT" not in compared.rest:
+        return None
+    counter, end = _NAME.findall(compared.rest)[:2]
+    start = named[_NAME.findall(loop.rest)[0]]
+    if start.opcode != "tuple" or "index=0" not in condition[counter].rest:
+        return None
+    first = constant(_NAME.findall(start.rest)[0], named)
+    last = constant(end, condition)
+    return None if first is None or last is None else last - first
+
+
+def largest_array(text: str) -> int:
+    """Bytes of the largest array that a program makes, inside of fusions left out."""
+    computations, _ = _parse(text)
+    every = [found for listed in computations.values() for found in listed]
+    fused = {c for i in every if i.opcode == "fusion" for c in _CALLED.findall(i.rest)}
+    return max(
+        size * math.prod(dims)
+        for name, listed in computations.items()
+        if name not in fused
+        for found in listed
+        for size, dims in _dimensions(found.shapes)
+    )
 
 
 def _dimensions(shapes: str) -> Iterator[tuple[int, list[int]]]:

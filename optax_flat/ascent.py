@@ -249,11 +249,11 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
       quantile: what part of the entries is left out, in [0, 1).
 
     Returns:
-      An `optax.GradientTransformation`. It sorts the gradient, which takes longer than
-      anything else here, and under sharding gathers it.
+      An `optax.GradientTransformation`. It finds the quantile by counting entries, over
+      and over: under sharding nothing is gathered, and what is sent are counts.
 
     Raises:
-      ValueError: a quantile outside [0, 1).
+      ValueError: a quantile outside [0, 1); in `update`, more than 2^32 entries.
       TypeError: an argument of the wrong type.
 
     Example:
@@ -276,23 +276,59 @@ def outliers(quantile: float = 0.95) -> optax.GradientTransformation:
         z = jax.tree.map(z_score, trees.accumulator(updates))
         if not jax.tree.leaves(z):
             return updates
-        whole = trees.replicated(z)  # the quantile is that of all entries
-        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(whole)])
-        if not flat.size:
+        size = sum(leaf.size for leaf in jax.tree.leaves(z))
+        if not size:
             return updates
-        # `jnp.quantile` counts places in float32, which ends at 2^24 entries. Both
-        # numbers come from the sort: a maximum XLA would put into every leaf's loop.
-        ordered, place = jnp.sort(flat), quantile * (flat.size - 1)
-        below, between = int(place), place % 1
-        above = min(below + 1, flat.size - 1)
-        threshold = ordered[below] + between * (ordered[above] - ordered[below])
-        nothing = ordered[-1] <= threshold
+        if size > 2**32:
+            raise ValueError(
+                f"the quantile of {size} entries: at most 2^32 can be counted. Take "
+                "another rule, or `optax_flat.masked` for a part of the params."
+            )
+        place = quantile * (size - 1)
+        below = int(place)
+        places = below, min(below + 1, size - 1), size - 1
+        below, above, most = _ordered(z, places)
+        threshold = below + place % 1 * (above - below)
+        nothing = most <= threshold
         return jax.tree.map(
             lambda g, z: jnp.where(nothing | (z > threshold), g, jnp.zeros_like(g)),
             updates, z,
         )  # fmt: skip
 
     return optax.stateless(update)
+
+
+def _ordered(z, places):
+    """The numbers at some places in the order of all entries of a tree.
+
+    Without a sort, which would gather what is sharded: the bits of numbers that are not
+    negative are ordered as the numbers are, NaN at the end, so each bit is decided by
+    one count.
+    """
+    leaves = [leaf for leaf in jax.tree.leaves(z) if leaf.size]
+    dtype = jnp.result_type(*leaves)
+    unsigned = jnp.dtype(f"uint{8 * dtype.itemsize}")
+    last = np.array(np.iinfo(unsigned).max >> 1, unsigned)
+    bits = [
+        jax.lax.bitcast_convert_type(leaf.astype(dtype), unsigned) & last
+        for leaf in leaves
+    ]
+
+    def count(end):
+        return sum(jnp.sum(leaf <= end, dtype=jnp.uint32) for leaf in bits)
+
+    def halve(_, ends):
+        low, high = ends
+        middle = low + (high - low) // 2
+        found = jnp.stack([count(end) for end in middle]) > np.uint32(places)
+        return jnp.where(found, low, middle + 1), jnp.where(found, middle, high)
+
+    # Zero, which varies over devices in `jax.shard_map` as the entries do.
+    first = sum(jnp.min(leaf) for leaf in bits) * np.zeros(len(places), unsigned)
+    steps = 8 * dtype.itemsize
+    # XLA would put what is made of all leaves into each one's loop, but not a loop.
+    _, found = jax.lax.fori_loop(0, steps, halve, (first, first + last))
+    return jax.lax.bitcast_convert_type(found, dtype)
 
 
 def random_leaves(

@@ -564,6 +564,34 @@ def test_some_leaves_only_in_scanned_mode():
     assert (moved["layer"]["w"] != params["layer"]["w"]).any()
 
 
+@pytest.mark.parametrize("quantile", [0.0, 0.31, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize("steps", [3, 1000], ids=["ties", "none"])
+def test_outliers_are_above_the_quantile(quantile, steps):
+    """Which counts find; here a sort of all leaves does."""
+    rng = np.random.default_rng(0)
+    tree = {
+        name: np.round(steps * rng.normal(size=shape)).astype(np.float32)
+        for name, shape in {"a": (17, 5), "b": (31,), "c": (), "d": (0, 3)}.items()
+    }
+    z = {
+        name: np.abs(g - g.mean()) / (g.std() or 1.0)
+        for name, g in tree.items()
+        if g.size
+    }
+    threshold = np.quantile(np.concatenate([x.ravel() for x in z.values()]), quantile)
+    rule = ascent.outliers(quantile)
+    found, _ = rule.update(jax.tree.map(jnp.asarray, tree), rule.init(tree))
+    unclear = 0
+    for name, scores in z.items():
+        # Ties with the quantile are decided by rounding.
+        clear = np.abs(scores - threshold) > 1e-5 * (1 + threshold)
+        kept = np.asarray(found[name]) != 0
+        expected = (scores > threshold) & (tree[name] != 0)
+        np.testing.assert_array_equal(kept[clear], expected[clear])
+        unclear += np.size(clear) - np.sum(clear)
+    assert unclear <= (60 if steps == 3 else 1)
+
+
 @pytest.mark.parametrize("size", [30, pytest.param(2**24 + 2, marks=pytest.mark.slow)])
 def test_outliers_among_equal_entries(size):
     """One of them stands out, also among more than float32 can count."""
