@@ -52,14 +52,13 @@ def number(
             f"`{name}` must be a float in {interval} or a schedule (a function of the "
             f"number of outer updates), got {value!r} of type {type(value).__name__}."
         )
-    dtype = getattr(value, "dtype", None)
-    if dtype is not None and jnp.issubdtype(dtype, jnp.floating):
-        if jnp.finfo(dtype).bits < 32:
-            raise ValueError(
-                f"`{name}` must have at least 32 bits, got {dtype}, in which 0.999 is "
-                "1. Give a Python float; optax.inject_hyperparams gives the dtype of "
-                "the params unless it is told hyperparam_dtype=jnp.float32."
-            )
+    dtype = jnp.dtype(getattr(value, "dtype", float))
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        raise ValueError(
+            f"`{name}` must have at least 32 bits, got {dtype}, in which 0.999 may be "
+            "1. Give a Python float; optax.inject_hyperparams gives the dtype of the "
+            "params unless it is told hyperparam_dtype=jnp.float32."
+        )
     try:
         concrete = float(value)
     except jax.errors.ConcretizationTypeError:
@@ -278,6 +277,12 @@ def same_structure(
             f"{what} must have the shapes of `params`, got {shapes}, expected "
             f"{expected_shapes}."
         )
+    for leaf in jax.tree.leaves(tree):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(
+                f"{what} must hold floating-point arrays, got {jnp.result_type(leaf)}. "
+                "Differentiate a real loss with respect to floating-point params."
+            )
 
 
 def _gradient_hint(tree: Any, params: Any) -> str:

@@ -51,11 +51,11 @@ def _is_stacked(got, expected):
     structure, shapes = _kind(got)
     one_structure, one = _kind(expected)
     lengths = {shape[:1] for shape in shapes}
+    rest = [shape[1:] for shape in shapes]
     return (
-        structure == one_structure
+        (structure, rest) == (one_structure, one)
         and len(lengths) == 1
-        and [shape[1:] for shape in shapes] == one
-        and all(len(shape) == len(of_one) + 1 for shape, of_one in zip(shapes, one))
+        and () not in lengths
     )
 
 

@@ -116,7 +116,7 @@ class _Walker(NamedTuple):
     skip_nonfinite: bool
 
     def init(self, params):
-        memory = trees.arrays(self.walk.init(_finite(params)))
+        memory = trees.arrays(self.walk.init(trees.finite(params)))
         if states(memory, ScannedState | TransparentState):
             raise ValueError(
                 "`outer` is a walk of several gradients itself, and would be given one "
@@ -126,7 +126,7 @@ class _Walker(NamedTuple):
         return memory
 
     def begin(self, memory, params):
-        inner = trees.arrays(self.walk.start(memory, _finite(params)))
+        inner = trees.arrays(self.walk.start(memory, trees.finite(params)))
         transform_state = trees.arrays(self.inner_transform.init(inner.point))
         return _Progress(inner, transform_state, jnp.array(True))
 
@@ -134,7 +134,7 @@ class _Walker(NamedTuple):
         """One gradient."""
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
-        grads = trees.cast_like(_where_finite(first_point, grads), inner.point)
+        grads = trees.cast_like(trees.where_finite(first_point, grads), inner.point)
         grads, new_transform_state = self.inner_transform.update(
             grads, transform_state, inner.point, **extra_args
         )
@@ -163,9 +163,9 @@ class _Walker(NamedTuple):
         inner, _, finite = progress
         more = extra_args if _takes_extra_args(self.walk.finish) else {}
         updates, new_memory = self.walk.finish(
-            memory, inner, _finite(first_point), **more
+            memory, inner, trees.finite(first_point), **more
         )
-        updates = trees.cast_like(_where_finite(first_point, updates), first_point)
+        updates = trees.cast_like(trees.where_finite(first_point, updates), first_point)
         new_memory = trees.cast_like(new_memory, memory)
         if not self.skip_nonfinite:
             return updates, new_memory, jnp.zeros([], jnp.int32)
@@ -310,7 +310,9 @@ def scanned(
             def gradient_and_step(progress, aux, batch):
                 progress = walker.move(memory, progress)
                 point = trees.cast_like(progress.inner.point, params)
-                grads, aux = gradient(_where_finite(params, point, params), batch, aux)
+                grads, aux = gradient(
+                    trees.where_finite(params, point, params), batch, aux
+                )
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
                 return consume(progress, grads), aux
 
@@ -457,9 +459,9 @@ def transparent(
             last, outer_update, go_on, memory, progress, first_point, params
         )
         updates, there = trees.steps_to(target, params)
-        updates = _where_finite(first_point, updates)
+        updates = trees.where_finite(first_point, updates)
         ended = last | strayed
-        missed = _finite(optax.tree.sub(target, there))
+        missed = trees.finite(optax.tree.sub(target, there))
         first_point = trees.accumulator(first_point)
         return trees.cast_like(updates, params), TransparentState(
             trees.saturating_add(state.gradient_evaluations, 1),
@@ -468,7 +470,9 @@ def transparent(
             jnp.where(ended, 0, state.step + 1).astype(jnp.int32),
             jax.tree.map(
                 lambda m, f, p: jnp.where(ended, m, f) if _is_narrow(p) else f,
-                missed, first_point, params,
+                missed,
+                first_point,
+                params,
             ),
             *progress,
         )
@@ -799,30 +803,14 @@ def _for_walk(extra_args, params, num_groups=1):
     """Extra arguments for optimizers that see the params as a walk does."""
 
     def to_caller(point):
-        return _where_finite(params, trees.cast_like(point, params), params)
+        return trees.where_finite(params, trees.cast_like(point, params), params)
 
     arguments = translated(extra_args, to_caller, trees.accumulator)
     if arguments.get("grad") is not None:
         grads = arguments["grad"]
         grads = trees.mean_of_groups(grads) if num_groups > 1 else grads
-        arguments["grad"] = trees.accumulator(_where_finite(params, grads))
+        arguments["grad"] = trees.accumulator(trees.where_finite(params, grads))
     return arguments
-
-
-def _finite(tree):
-    """Zeros in the place of what is NaN or infinite."""
-    return _where_finite(tree, tree)
-
-
-def _where_finite(params, tree, otherwise=None):
-    """`tree` where the params are finite, else zero or what another tree has."""
-    if otherwise is None:
-        otherwise = optax.tree.zeros_like(tree)
-
-    def select(p, x, o):
-        return jnp.where(jnp.isfinite(p), x, o)
-
-    return jax.tree.map(select, params, tree, otherwise)
 
 
 def _first_point(state, params):

@@ -201,6 +201,22 @@ def where(condition: jax.Array | bool, on_true: Any, on_false: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), on_true, on_false)
 
 
+def finite(tree: Any) -> Any:
+    """Zeros in the place of what is NaN or infinite."""
+    return where_finite(tree, tree)
+
+
+def where_finite(params: Any, tree: Any, otherwise: Any = None) -> Any:
+    """`tree` where the params are finite, else zero or what another tree has."""
+    if otherwise is None:
+        otherwise = optax.tree.zeros_like(tree)
+
+    def select(p, x, o):
+        return jnp.where(jnp.isfinite(p), x, o)
+
+    return jax.tree.map(select, params, tree, otherwise)
+
+
 def mean_of_groups(tree: Any) -> Any:
     """Means over the leading axis; what is no float is taken from the first group."""
 

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, keys, layout, trees
+from optax_flat._core import checks, keys
 from optax_flat._core.arguments import NoiseArguments, factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import KINDS, draw
 
@@ -101,24 +102,22 @@ def anti_pgd(
     key = checks.key(draws["key"])
     noiseless = is_zero(noise)
 
-    def init(params):
-        checks.float_params(params)
+    def init(x):
+        del x
         count, none = jnp.zeros([], jnp.int32), jnp.zeros([], float)
-        return trees.copy(AntiPGDState(count, keys.data(key), none))
+        return AntiPGDState(count, keys.data(key), none)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
-        t = state.count
-        count = jnp.asarray(optax.safe_increment(t))
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
+        t, count = state.count, counted(state.count)
         rate, sigma = at(learning_rate, t), jnp.full_like(state.noise, at(noise, t))
-        steps = jax.tree.map(lambda g: -rate * g, trees.accumulator(updates))
+        steps = jax.tree.map(lambda g: -rate * g, grads)
         if not noiseless:
             old, new = (
                 draw(keys.fold_in(state.key, n, key), steps, noise_kind, scale)
                 for n, scale in ((t, state.noise), (count, sigma))
             )
             steps = jax.tree.map(lambda s, a, b: s + (b - a), steps, old, new)
-        return trees.cast_like(steps, updates), AntiPGDState(count, state.key, sigma)
+        return steps, AntiPGDState(count, state.key, sigma)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)

@@ -11,14 +11,15 @@ numpy-ml and of the article "Neural network optimization methods" (Habr) is an O
 expression, listed in the documentation.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, layout, trees
+from optax_flat._core import checks, trees
 from optax_flat._core.arguments import factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at
 
 
@@ -115,17 +116,12 @@ def adagrad(
     )
     checks.number("power", power, 0.0)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        nu = _filled(params, initial)
-        return trees.copy(AdagradState(jnp.zeros([], jnp.int32), nu), params)
+    def init(x):
+        return AdagradState(jnp.zeros([], jnp.int32), _filled(x, initial))
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
         eps_t, p = at(eps, state.count), at(power, state.count)
-        grads = trees.cast_like(updates, state.nu)
         nu = jax.tree.map(lambda G, g: G + g * g, state.nu, grads)
 
         def scaled(g, G):
@@ -135,11 +131,9 @@ def adagrad(
 
         rate = at(learning_rate, state.count)
         steps = jax.tree.map(lambda g, G: -rate * scaled(g, G), grads, nu)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        nu = trees.cast_like(nu, state.nu)
-        return trees.cast_like(steps, updates), AdagradState(count, nu)
+        return steps, AdagradState(counted(state.count), nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 @factory
@@ -205,23 +199,18 @@ def adadelta(
     checks.number("eps", eps, 0.0, open_low=True)
     initial_update = checks.start_value("initial_update", initial_update, 0.0)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        nu, squared_updates = _filled(params, 0.0), _filled(params, initial_update)
-        state = AdadeltaState(jnp.zeros([], jnp.int32), nu, squared_updates)
-        return trees.copy(state, params)
+    def init(x):
+        nu, squared_updates = _filled(x, 0.0), _filled(x, initial_update)
+        return AdadeltaState(jnp.zeros([], jnp.int32), nu, squared_updates)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
         rho, eps_t = at(decay, state.count), at(eps, state.count)
 
         def average(old, new):
             mixed = jax.tree.map(lambda o, n: rho * o + (1 - rho) * n * n, old, new)
             return trees.cast_like(mixed, old)
 
-        grads = trees.cast_like(updates, state.nu)
         nu = average(state.nu, grads)
 
         def scaled(X, E, g):
@@ -231,11 +220,10 @@ def adadelta(
 
         steps = jax.tree.map(scaled, state.squared_updates, nu, grads)
         squared = average(state.squared_updates, steps)
-        count = jnp.asarray(optax.safe_increment(state.count))
         steps = optax.tree.scale(-at(learning_rate, state.count), steps)
-        return trees.cast_like(steps, updates), AdadeltaState(count, nu, squared)
+        return steps, AdadeltaState(counted(state.count), nu, squared)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 @factory
@@ -282,31 +270,28 @@ def clip_by_leaf_norm(
     """
     checks.number("max_norm", max_norm, 0.0)
 
-    def init(params):
-        checks.float_params(params)
+    def init(x):
+        del x
         return ClipByLeafNormState(jnp.zeros([], jnp.int32))
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
         bound = at(max_norm, state.count)
 
         def clip(g):
-            wide: Any = trees.accumulator(g)
-            peak = jnp.max(jnp.abs(wide), initial=0.0)  # its square may overflow
+            peak = jnp.max(jnp.abs(g), initial=0.0)  # its square may overflow
             peak = jnp.where(peak > 0, peak, 1.0)
-            norm = peak * trees.norm(wide / peak)
+            norm = peak * trees.norm(g / peak)
             too_long = norm > bound  # so a norm of 0 never divides
             factor = jnp.where(too_long, bound / jnp.where(too_long, norm, 1.0), 1.0)
-            return (wide * factor).astype(g.dtype)
+            return g * factor
 
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return jax.tree.map(clip, updates), ClipByLeafNormState(count)
+        return jax.tree.map(clip, grads), ClipByLeafNormState(counted(state.count))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
-def _filled(params, value):
+def _filled(x, value):
     """A tree like the params, in the accumulators' dtype, full of one value."""
-    zeros = optax.tree.zeros_like(trees.accumulator(params))
+    zeros = optax.tree.zeros_like(x)
     return jax.tree.map(lambda x: x + jnp.asarray(value, x.dtype), zeros)

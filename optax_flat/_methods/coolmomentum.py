@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, layout, trees
+from optax_flat._core import checks, trees
 from optax_flat._core.arguments import factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at, is_zero
 
 
@@ -142,27 +143,19 @@ def coolmomentum(
     checks.number("weight_decay", weight_decay, 0.0)
     decays = not is_zero(weight_decay)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        mu = optax.tree.zeros_like(trees.accumulator(params))
-        return trees.copy(CoolMomentumState(jnp.zeros([], jnp.int32), mu), params)
+    def init(x):
+        return CoolMomentumState(jnp.zeros([], jnp.int32), optax.tree.zeros_like(x))
 
-    def update(updates, state, params=None, **extra_args):
+    def step(state, grads, x, **extra_args):
         del extra_args
-        layout.check(init, state, updates)
-        grads = trees.cast_like(updates, state.mu)
         if decays:
-            checks.float_params(params)
+            checks.float_params(x)
             decay = at(weight_decay, state.count)
-            x = trees.cast_like(params, state.mu)
             grads = jax.tree.map(lambda g, x: g + decay * x, grads, x)
         rho = at(momentum, state.count)
         rate = at(learning_rate, state.count) * (1.0 + rho) / 2.0
         mu = jax.tree.map(lambda dx, g: rho * dx + rate * g, state.mu, grads)
         mu = trees.cast_like(mu, state.mu)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        steps = trees.cast_like(optax.tree.scale(-1.0, mu), updates)
-        return steps, CoolMomentumState(count, mu)
+        return optax.tree.scale(-1.0, mu), CoolMomentumState(counted(state.count), mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)

@@ -21,8 +21,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, keys, layout, trees
+from optax_flat._core import checks, keys
 from optax_flat._core.arguments import NoiseArguments, factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import KINDS, draw_from, first_seed, next_seed
 
@@ -120,20 +121,14 @@ def entropy_mcmc(
     key = checks.key(draws["key"])
     noiseless = is_zero(temperature)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        anchor = trees.accumulator(params)
-        count = jnp.zeros([], jnp.int32)
-        return trees.copy(EntropyMCMCState(count, keys.data(key), anchor), params)
+    def init(x):
+        return EntropyMCMCState(jnp.zeros([], jnp.int32), keys.data(key), x)
 
-    def update(updates, state, params=None, **extra_args):
+    def step(state, grads, x, **extra_args):
         del extra_args
-        checks.float_params(params)
-        layout.check(init, state, params)
+        checks.float_params(x)
         t = state.count
         rate, spring, decay = (at(x, t) for x in (learning_rate, gamma, weight_decay))
-        grads, x = (trees.cast_like(tree, state.anchor) for tree in (updates, params))
 
         def drift(x, other):
             return -rate * (decay * x + spring * (x - other))
@@ -152,10 +147,6 @@ def entropy_mcmc(
                 for tree, z in ((steps, for_x), (anchor_steps, for_anchor))
             )
         anchor = optax.tree.add(state.anchor, anchor_steps)
-        anchor = trees.cast_like(anchor, state.anchor)
-        count = jnp.asarray(optax.safe_increment(t))
-        return trees.cast_like(steps, updates), EntropyMCMCState(
-            count, state.key, anchor
-        )
+        return steps, EntropyMCMCState(counted(t), state.key, anchor)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)

@@ -29,6 +29,7 @@ import optax
 
 from optax_flat._core import checks, keys, layout, trees
 from optax_flat._core.arguments import NoiseArguments, factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at, is_zero
 from optax_flat._core.noise import KINDS, draw
 
@@ -123,21 +124,17 @@ def add_langevin_noise(
     checks.number("step_size", step_size, 0.0)
     key, kind = _check(temperature, **noise)
 
-    def init(params):
-        checks.float_params(params)
-        count = jnp.zeros([], jnp.int32)
-        return trees.copy(LangevinNoiseState(count, keys.data(key)))
+    def init(x):
+        del x
+        return LangevinNoiseState(jnp.zeros([], jnp.int32), keys.data(key))
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, drift, x, **extra_args):
+        del x, extra_args
         variance = 2.0 * at(step_size, state.count)
-        drift = trees.accumulator(updates)
         noisy = _add_noise(drift, key, state, temperature, variance, kind=kind)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return trees.cast_like(noisy, updates), LangevinNoiseState(count, state.key)
+        return noisy, LangevinNoiseState(counted(state.count), state.key)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 @factory
@@ -294,18 +291,13 @@ def psgld(
     checks.number("eps", eps, 0.0, open_low=True)
     key, kind = _check(temperature, **noise)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        nu = optax.tree.zeros_like(trees.accumulator(params))
-        count = jnp.zeros([], jnp.int32)
-        return trees.copy(PSGLDState(count, keys.data(key), nu), params)
+    def init(x):
+        nu = optax.tree.zeros_like(x)
+        return PSGLDState(jnp.zeros([], jnp.int32), keys.data(key), nu)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
         rate, a = at(learning_rate, state.count), at(decay, state.count)
-        grads = trees.cast_like(updates, state.nu)
         nu = jax.tree.map(lambda v, g: a * v + (1.0 - a) * g**2, state.nu, grads)
         nu = trees.cast_like(nu, state.nu)
         floor = at(eps, state.count)
@@ -314,10 +306,9 @@ def psgld(
         steps = jax.tree.map(lambda r, g: -rate * r * g, roots, grads)
         steps = _add_noise(steps, key, state, temperature, 2.0 * rate, kind=kind)
         steps = jax.tree.map(lambda r, s: r * s, roots, steps)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return trees.cast_like(steps, updates), PSGLDState(count, state.key, nu)
+        return steps, PSGLDState(counted(state.count), state.key, nu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 @factory
@@ -386,25 +377,19 @@ def sghmc(
     checks.number("friction", friction, 0.0, 1.0)
     key, kind = _check(temperature, **noise)
 
-    def init(params):
-        checks.float_params(params)
-        params = trees.concrete(params)
-        mu = optax.tree.zeros_like(trees.accumulator(params))
-        count = jnp.zeros([], jnp.int32)
-        return trees.copy(SGHMCState(count, keys.data(key), mu), params)
+    def init(x):
+        mu = optax.tree.zeros_like(x)
+        return SGHMCState(jnp.zeros([], jnp.int32), keys.data(key), mu)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
         rate, c = at(learning_rate, state.count), at(friction, state.count)
-        grads = trees.cast_like(updates, state.mu)
         mu = jax.tree.map(lambda v, g: (1.0 - c) * v - rate * g, state.mu, grads)
         mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=kind)
         mu = trees.cast_like(mu, state.mu)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        return trees.cast_like(mu, updates), SGHMCState(count, state.key, mu)
+        return mu, SGHMCState(counted(state.count), state.key, mu)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 def _check(temperature, *, key, noise_kind):

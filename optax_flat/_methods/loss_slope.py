@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, layout, trees
+from optax_flat._core import checks
 from optax_flat._core.arguments import factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at
 
 THRESHOLD = 0.51
@@ -126,16 +127,15 @@ def scale_by_loss_slope(
     every = patience // 200 + 1
     forgotten = min(400 + patience // 10, patience)
 
-    def init(params):
-        checks.float_params(params)
+    def init(x):
+        del x
         zero = jnp.zeros([], jnp.int32)
         losses = jnp.zeros(patience, float)
         scale = jnp.ones([], float)
-        return trees.copy(LossSlopeState(zero, scale, losses, zero, zero, zero))
+        return LossSlopeState(zero, scale, losses, zero, zero, zero)
 
-    def update(updates, state, params=None, *, value=None, **extra_args):
-        del params, extra_args
-        layout.check(init, state, updates)
+    def step(state, grads, x, *, value=None, **extra_args):
+        del x, extra_args
         if value is None:
             raise ValueError(
                 "`value` must be passed to `update`: the schedule reads the loss. Call "
@@ -162,12 +162,9 @@ def scale_by_loss_slope(
             state.scale * at(factor, state.count), at(min_scale, state.count)
         )
         scale = jnp.where(stopped, lowered, state.scale).astype(state.scale.dtype)
-        scaled = jax.tree.map(
-            lambda u: u * scale.astype(u.dtype), trees.accumulator(updates)
-        )
-        scaled = trees.cast_like(scaled, updates)
+        scaled = jax.tree.map(lambda u: u * scale.astype(u.dtype), grads)
         return scaled, LossSlopeState(
-            jnp.asarray(optax.safe_increment(state.count)),
+            counted(state.count),
             scale,
             losses,
             jnp.where(stopped, stored - forgotten, stored),
@@ -175,7 +172,7 @@ def scale_by_loss_slope(
             jnp.where(due, 0, unchecked),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step)
 
 
 def _goes_on(losses, oldest):

@@ -27,8 +27,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, layout, modes, trees
+from optax_flat._core import checks, modes, trees
 from optax_flat._core.arguments import Argument, factory
+from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at
 from optax_flat._methods import local_entropy as walks
 
@@ -164,9 +165,7 @@ def elastic_averaging(
     checks.number("center_step", center_step, 0.0, 1.0, open_low=True)
     checks.float_dtype("accumulator_dtype", accumulator_dtype)
 
-    def init(params):
-        checks.float_params(params)
-        x = trees.accumulator(trees.concrete(params), accumulator_dtype)
+    def init(x):
         outer_state = outer.init(x)
         if modes.states(outer_state, modes.ScannedState | modes.TransparentState):
             raise ValueError(
@@ -175,18 +174,12 @@ def elastic_averaging(
                 "optax_flat.local_entropy(elastic_averaging(optax.sgd(...), ...), ...)."
             )
         offset = optax.tree.sub(_replica_mean(x, axis_name), x)
-        count = jnp.zeros([], jnp.int32)
-        return trees.copy(ElasticAveragingState(count, offset, outer_state), x)
+        return ElasticAveragingState(jnp.zeros([], jnp.int32), offset, outer_state)
 
-    def update(updates, state, params: Any = None, **extra_args):
-        checks.float_params(params)
-        checks.same_structure("The gradient given to `update`", updates, params)
-        layout.check(init, state, params)
-        x = trees.accumulator(params, accumulator_dtype)
+    def step(state, grads, x, **extra_args):
+        checks.float_params(x)
         spring = at(coupling, state.count)
-        pulled = jax.tree.map(
-            lambda g, o: g.astype(o.dtype) - spring * o, updates, state.offset
-        )
+        pulled = jax.tree.map(lambda g, o: g - spring * o, grads, state.offset)
         steps, outer_state = outer.update(
             trees.cast_like(pulled, x), state.outer_state, x, **extra_args
         )
@@ -197,11 +190,9 @@ def elastic_averaging(
             at(center_step, state.count),
         )
         offset = optax.tree.sub(center, moved)
-        count = jnp.asarray(optax.safe_increment(state.count))
-        after = ElasticAveragingState(count, offset, outer_state)
-        return trees.cast_like(steps, params), trees.cast_like(after, state)
+        return steps, ElasticAveragingState(counted(state.count), offset, outer_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return by_gradient(init, step, accumulator_dtype=accumulator_dtype)
 
 
 @factory
