@@ -883,3 +883,82 @@ def test_transparent_refuses_a_walks_arguments(method, mode, name):
     params = ragged_params()
     with pytest.raises(ValueError, match=f"`{name}` was passed .* one gradient per"):
         tx.update(params, tx.init(params), params, **{name: jax.grad(loss)})
+
+
+@every_case
+def test_entries_that_are_not_finite_stay(method, mode):
+    """As Optax keeps a mask of -inf among the params; all else is trained as ever."""
+    tx = method.make(mode=mode, skip_nonfinite=True) if mode in WALK_MODES else None
+    tx = tx or method.make(mode=mode)
+    params = ragged_params() | {"mask": jnp.array([0.0, -jnp.inf, 0.0])}
+
+    def with_mask(params, batch):
+        allowed = jax.nn.softmax(params["mask"])
+        return loss(params, batch) + 1e-3 * allowed[0]
+
+    data = batches(3, method.length)
+    run = train(tx, mode, params, data, loss=with_mask)
+    for ended in (run.params, run.path[-1]):
+        assert ended["mask"][1] == -jnp.inf
+        finite = ended | {"mask": ended["mask"][::2]}
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(finite))
+        assert largest_difference(ended["layer"], params["layer"]) > 0
+    assert mode not in WALK_MODES or int(run.state.skipped) == 0
+
+
+@every_case
+def test_map_params(method, mode):
+    """Every state tells Optax which of its trees are like the params."""
+    tx = method.make(mode=mode)
+    state = tx.init(ragged_params())
+    same = optax.tree.map_params(tx, lambda leaf: leaf, state)
+    assert_equal(same, state)
+    like = optax.tree.map_params(
+        tx, lambda leaf: True, state, transform_non_params=lambda leaf: False
+    )
+    flags = jax.tree.leaves(like)
+    assert len(flags) == len(jax.tree.leaves(state))
+    # The counter is no tree like the params; whole trees are marked, leaf by leaf.
+    assert not all(flags)
+    assert sum(flags) % len(jax.tree.leaves(ragged_params())) == 0
+
+
+@every_case
+def test_no_params(method, mode):
+    """A model of which everything is frozen."""
+    tx = method.make(mode=mode)
+    parts = in_parts(lambda params, batch: jnp.ones(()), None)
+    extra = {"value": 1.0} | (parts if mode == "forward" else {})
+    if mode == "scanned":
+        extra["grad_fn"] = lambda params, batch: params
+    updates, state = tx.update({}, tx.init({}), {}, **extra)
+    assert updates == {} and int(optax_flat.metrics(state)["count"]) <= 1
+
+
+WRONG_GRADIENTS = {
+    "shape": (lambda g: g | {"scale": jnp.ones(1)}, ValueError, "shapes of `params`"),
+    "structure": (lambda g: {"layer": g["layer"]}, ValueError, "structure of `params`"),
+    "dtype": (lambda g: jax.tree.map(jnp.int32, g), TypeError, "floating-point"),
+}
+
+
+@engine_gradient_case
+@pytest.mark.parametrize("what", WRONG_GRADIENTS)
+def test_a_wrong_gradient_is_refused(method, mode, what):
+    change, error, words = WRONG_GRADIENTS[what]
+    tx, params = method.make(mode=mode), ragged_params()
+    state = tx.init(params)
+    with pytest.raises(error, match=words):
+        tx.update(change(params), state, params, value=1.0)
+
+
+@every_case
+def test_a_strange_state_is_refused(method, mode):
+    tx, params = method.make(mode=mode), ragged_params()
+    state, parts = optax.adam(0.1).init(params), in_parts(loss, batches(1, 1)[0, 0])
+    extra = {"value": 1.0} | (parts if mode == "forward" else {})
+    with pytest.raises(TypeError, match="`state` differs"):
+        tx.update(params, state, params, **extra)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), tx.init(params))
+    with pytest.raises(TypeError, match=r"jax\.vmap"):
+        tx.update(params, stacked, params, **extra)

@@ -26,6 +26,7 @@ def accumulator(params: optax.Params, dtype: Any = None) -> optax.Params:
     """Params in the dtype of anchors and means: `dtype`, or at least float32."""
 
     def cast(leaf):
+        leaf = jnp.asarray(leaf)
         wide = jnp.issubdtype(leaf.dtype, jnp.inexact) and leaf.dtype.itemsize >= 4
         return leaf.astype(dtype or (leaf.dtype if wide else jnp.float32))
 
@@ -36,7 +37,10 @@ def cast_like(tree: Any, like: Any) -> Any:
     """Each leaf in the dtype of its partner, without weak types."""
 
     def cast(leaf, partner):
-        return leaf if is_key(partner) else jnp.asarray(leaf, partner.dtype)
+        if is_key(partner):
+            return leaf
+        # NumPy's params may be in float64, which is float32 here.
+        return jnp.asarray(leaf, jax.dtypes.canonicalize_dtype(partner.dtype))
 
     return jax.tree.map(cast, tree, like)
 
@@ -93,11 +97,11 @@ def select_like(tree: Any, like: Any) -> Any:
 
 
 def concrete(tree: Any) -> Any:
-    """The same tree with zeros where it holds only `jax.ShapeDtypeStruct`."""
+    """The same tree of JAX's arrays, zeros where it holds only shapes and dtypes."""
 
     def make(leaf):
         if not isinstance(leaf, jax.ShapeDtypeStruct):
-            return leaf
+            return jnp.asarray(leaf)
         return jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding)
 
     return jax.tree.map(make, tree)

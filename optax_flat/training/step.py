@@ -147,6 +147,7 @@ def make_train_step(
         if modes.states(opt_state, modes.ForwardOnly):
             _check_forward(tx, num_groups)
             return forward(params, opt_state, batches)
+        _check_accumulation(opt_state)
         batch, others = (
             _first_and_others(batches, walks[0].memory)
             if is_scanned
@@ -247,6 +248,18 @@ def _check_forward(tx, num_groups):
             f"`num_groups` is {num_groups}, but this optimizer takes the outputs of "
             "the model and makes no groups. Leave `num_groups` out."
         )
+
+
+def _check_accumulation(opt_state):
+    """A scanned walk in `optax.MultiSteps` evaluates the last micro-batch alone."""
+    for state in modes.states(opt_state, optax.MultiStepsState):
+        if modes.states(state.inner_opt_state, modes.ScannedState):
+            raise ValueError(
+                "optax.MultiSteps accumulates the first gradient of a walk, but its "
+                "others would be those of the last micro-batch alone. Build the "
+                'optimizer inside with mode="transparent", or accumulate in the loss: '
+                "a mean over micro-batches by jax.lax.map."
+            )
 
 
 def _check_updates(updates, params, num_groups):
