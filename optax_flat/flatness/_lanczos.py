@@ -12,8 +12,8 @@ class Ritz(NamedTuple):
 
     values: jax.Array  # [m]
     coefficients: jax.Array  # [m, m], columns; 0 for rows after a breakdown
-    basis: jax.Array  # [m, n], rows, orthonormal before a breakdown
     live: jax.Array  # [m], false for what only fills up after a breakdown
+    basis: jax.Array  # [m, n], rows, orthonormal before a breakdown
 
     def ends(self) -> tuple[jax.Array, jax.Array]:
         """The smallest and the largest live value."""
@@ -46,10 +46,16 @@ def lanczos(matvec, start, num_matvecs) -> Ritz:
     basis = jnp.zeros((num_matvecs, start.size), start.dtype)
     carry = (basis, numbers, numbers, _normalized(start)[0])
     basis, diagonal, lengths, _ = jax.lax.fori_loop(0, num_matvecs, step, carry)
-    lengths = lengths[:-1]
+    with jax.disable_jit(False):
+        return Ritz(*_pairs(basis, diagonal, lengths[:-1]), basis)
+
+
+@jax.jit
+def _pairs(basis, diagonal, lengths):
+    """Values and coefficients, and which of them are live."""
     products = jnp.tensordot(basis, basis, axes=(1, 1))
     before = jnp.abs(jnp.tril(products, -1)).max(axis=1)
-    orthogonal = before < jnp.finfo(start.dtype).eps ** 0.5  # false for NaN
+    orthogonal = before < jnp.finfo(basis.dtype).eps ** 0.5  # false for NaN
     orthogonal &= jnp.diagonal(products) > 0.5
     alive = jnp.cumprod(orthogonal.at[0].set(True)).astype(bool)
     scale = jnp.nanmax(jnp.abs(jnp.concatenate([diagonal, lengths])))
@@ -59,7 +65,7 @@ def lanczos(matvec, start, num_matvecs) -> Ritz:
     tridiagonal = jnp.diag(diagonal) + jnp.diag(lengths, 1) + jnp.diag(lengths, -1)
     values, coefficients = eigh(tridiagonal)
     live = alive @ coefficients**2 > 0.5
-    return Ritz(values, jnp.where(alive[:, None], coefficients, 0.0), basis, live)
+    return values, jnp.where(alive[:, None], coefficients, 0.0), live
 
 
 def scaled(x: jax.Array) -> tuple[jax.Array, jax.Array]:
