@@ -47,6 +47,7 @@ def by_gradient(
         x, grads = None, updates
         if params is not None:
             checks.float_params(params)
+            params = trees.concrete(params)
             checks.same_structure("The gradient given to `update`", updates, params)
             x, grads = wide(params), trees.where_finite(params, updates)
         layout.check(fresh, state, updates if params is None else params)

@@ -292,7 +292,7 @@ def scanned(
             "The gradient given to `update`", updates, params, num_groups=num_groups
         )
         layout.check(init, state, params)
-        memory = state.memory
+        params, memory = trees.concrete(params), state.memory
         value_fn = extra_args.get("value_fn")
         extra_args = _for_walk(extra_args, params, num_groups)
         consume = functools.partial(walker.consume, memory, params, extra_args)
@@ -422,7 +422,7 @@ def transparent(
         checks.float_params(params)
         checks.same_structure("The gradient given to `update`", updates, params)
         layout.check(fresh, state, params)
-        memory = state.memory
+        params, memory = trees.concrete(params), state.memory
         first_point = _first_point(state, params)
         extra_args = _for_walk(extra_args, first_point)
         kept = _Progress(state.inner, state.inner_transform_state, state.finite)

@@ -348,6 +348,7 @@ def _averaging(inner, accumulator_dtype, begin, absorb):
 
     def update(updates, state, params: Any = None, **extra_args):
         checks.float_params(params)
+        params = trees.concrete(params)
         layout.check(init, state, params)
         updates, inner_state = optimizer.update(
             updates, state.inner_state, params, **extra_args

@@ -147,9 +147,8 @@ def make_train_step(
         if modes.states(opt_state, modes.ForwardOnly):
             _check_forward(tx, num_groups)
             return forward(params, opt_state, batches)
-        _check_accumulation(opt_state)
         batch, others = (
-            _first_and_others(batches, walks[0].memory)
+            _first_and_others(batches, opt_state, walks[0].memory)
             if is_scanned
             else (batches, None)
         )
@@ -287,8 +286,9 @@ def _check_mode(mode, is_scanned):
         )
 
 
-def _first_and_others(batches, memory):
+def _first_and_others(batches, opt_state, memory):
     """The minibatch of the first gradient, and the stack of the others'."""
+    _check_accumulation(opt_state)
     if modes.one_minibatch(memory):
         return batches, jax.tree.map(lambda x: jnp.asarray(x)[None], batches)
     _check_stack(batches)
