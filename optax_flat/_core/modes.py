@@ -197,8 +197,13 @@ def scanned(
     axis L - 1; without it `grad_fn` gets the index 0, ..., L - 2. A caller that passes
     only `value_fn(params)` has it differentiated. Make `grad_fn` inside the jitted
     training step: it is not a valid argument of a jitted function. A walk whose
-    gradients all belong to one minibatch takes a stack of that one. Extra arguments
-    that are not ours are ignored.
+    gradients all belong to one minibatch takes a stack of that one. All other extra
+    arguments (`value`, `grad`, `value_fn`, ...) go on to the optimizers inside, as they
+    belong to the first gradient.
+
+    Inside `optax.MultiSteps` the gradient is that of k micro-batches, but `grad_fn`
+    must be that of all of them as well, or the walk goes on with the last alone:
+    `make_train_step` refuses it. Transparent mode needs nothing more there.
 
     Args:
       walk: the method.
@@ -359,7 +364,15 @@ def transparent(
     but whatever looks at the params in between sees a point of the walk:
     `eval_params(opt_state, params)` gives the anchor back. The anchor is restored by
     difference, so updates must be applied as they are: transformations that scale or
-    clip belong into `inner_transform` or in front, not behind.
+    clip belong into `inner_transform` or in front, not behind. Extra arguments go on to
+    the optimizers inside; the outer one gets those of the last gradient.
+
+    The params go no farther from the anchor than there is a way back from: eight times
+    the entry, or eight where that is more, in float32. A walk that wants to go farther,
+    after a gradient of 1e9 say, takes its next gradient at that distance.
+
+    A walk that is resumed with fewer gradients than were taken already begins anew,
+    from its anchor.
 
     Args:
       walk: the method.
@@ -367,7 +380,8 @@ def transparent(
         afresh at every outer update, see `scanned`.
       skip_nonfinite: whether an outer update in which anything became NaN or infinite
         ends at its first point with unchanged memory and is counted in `skipped`. The
-        params themselves never become non-finite then.
+        params themselves never become non-finite then. Entries of the params that are
+        not finite to begin with, as in a mask of -inf among them, stay in either mode.
 
     Returns:
       A transformation with `update(grads, state, params, **extra_args)`.

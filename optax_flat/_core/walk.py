@@ -41,6 +41,10 @@ class Walk(NamedTuple):
       move: `(memory, inner) -> inner`. Moves the point where another gradient follows:
         the place for what only that one needs. None is nothing: `step` has done it.
 
+    `step` and `finish` may take ``**extra_args`` as well: what the caller gave to
+    `update` beside our own arguments (`value`, `grad`, `value_fn`, ...), for an
+    optimizer inside that wants it.
+
     A method whose first point is not its *anchor* (the params to evaluate and to save)
     gives its memory a field `offset`, a tree like the params: anchor minus first point
     of the next walk. `eval_params` reads it. One whose gradients all belong to one
