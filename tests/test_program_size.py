@@ -12,7 +12,12 @@ from problem import update
 from benchmarks import hlo
 
 # Those whose rules put a number from all leaves into each; others stand for the rest.
-QUICK = {("looksam", "scanned"), ("zsharp", "scanned")}
+QUICK = {
+    ("looksam", "scanned"),
+    ("zsharp", "scanned"),
+    ("looksam", "transparent"),
+    ("ae_sam", "transparent"),
+}
 
 
 def loss(params, batch):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from problem import assert_close, assert_equal, largest_difference
 
 import optax_flat
@@ -487,6 +488,34 @@ def test_schedule_free_is_read_wherever_it_lies(wrap):
     expected = optax.contrib.schedule_free_eval_params(found, params)
     assert largest_difference(expected, params) > 1e-3
     assert_close(optax_flat.eval_params(state, params), expected)
+
+
+@pytest.mark.parametrize("wrap", [lambda make: make, nnx.jit], ids=["eager", "jit"])
+def test_lawa_in_flax_with_sharded_params(wrap):
+    """What Flax's variables say of their axes is not said of the ring's."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    tx = optax_flat.lawa(optax.adam(0.1), k=3)
+    kernel_init = nnx.with_partitioning(nnx.initializers.lecun_normal(), ("data", None))
+
+    @wrap
+    def make():
+        model = nnx.Linear(16, 8, kernel_init=kernel_init, rngs=nnx.Rngs(0))
+        return model, nnx.Optimizer(model, tx, wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        grads = nnx.grad(lambda m: jnp.mean(m(jnp.ones((8, 16))) ** 2))(model)
+        optimizer.update(model, grads)
+
+    with jax.set_mesh(mesh):
+        model, optimizer = make()
+        for _ in range(3):
+            step(model, optimizer)
+        params = nnx.state(model, nnx.Param)
+        average = optax_flat.eval_params(optimizer.opt_state, params)
+    rings = [leaf for leaf in jax.tree.leaves(optimizer.opt_state) if leaf.ndim == 3]
+    assert [ring.sharding.spec for ring in rings] == [jax.P(None, "data")]
+    np.testing.assert_allclose(average["kernel"][...], rings[0].mean(0), rtol=1e-6)
 
 
 def test_a_walk_is_no_outer_optimizer():

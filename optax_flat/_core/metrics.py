@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_flat._core import modes
+from optax_flat._core import modes, trees
 
 # What Optax's own states that wrap or scale others have to tell. Ours name it
 # themselves, in a class attribute ``metrics``.
@@ -69,7 +69,7 @@ def metrics(opt_state: optax.OptState) -> dict[str, jax.Array]:
     """
     modes.check_classes("metrics", opt_state)
     found: dict[str, jax.Array] = {}
-    for name, value in _named(modes.plain(opt_state)):
+    for name, value in _named(trees.plain(opt_state)):
         if jnp.ndim(value) > 0:
             raise ValueError(
                 f"`metrics` takes the state of one optimizer, got {name} of shape "

@@ -8,7 +8,6 @@ wants the next one, so that any training loop works unchanged. Both call the sam
 
 import functools
 import inspect
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -540,9 +539,9 @@ def eval_params(opt_state: optax.OptState, params: optax.Params) -> optax.Params
             "params). The second argument holds an optimizer state: swap the two."
         )
     check_classes("eval_params", opt_state)
-    arrays = plain(params)
+    arrays = trees.plain(params)
     try:
-        there = evaluated(plain(opt_state), arrays)
+        there = evaluated(trees.plain(opt_state), arrays)
     except AveragesBesideAWalkError:
         raise
     except ValueError as error:
@@ -594,12 +593,6 @@ def _without_class(node: Any, place: str = "opt_state") -> Iterator[tuple[str, A
             yield from _without_class(child, f"{place}[{name!r}]")
     elif isinstance(node, Mapping | list | None) or jax.tree_util.all_leaves([node]):
         yield place, node
-
-
-def plain(tree: Any) -> Any:
-    """The tree with arrays in the place of NNX's variables."""
-    nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
-    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def states(opt_state: optax.OptState, kind: Any) -> list[Any]:

@@ -67,10 +67,10 @@ def sample_params(
       >>> bool(abs(jnp.std(draws) - 1 / jnp.sqrt(100 * 0.25)) < 0.01)
       True
     """
-    posteriors = modes.states(modes.plain(opt_state), Posterior)
+    posteriors = modes.states(trees.plain(opt_state), Posterior)
     learned = [posterior.deviations() for posterior in posteriors]
     for deviations in learned:
-        _check_shapes(deviations, modes.plain(params))
+        _check_shapes(deviations, trees.plain(params))
     mean = modes.eval_params(opt_state, params)
     if not learned:
         raise ValueError(
@@ -82,7 +82,7 @@ def sample_params(
             "`deviations`.)"
         )
     key = checks.key(key)
-    sampled = modes.plain(mean)
+    sampled = trees.plain(mean)
     for deviations in learned:
         z = draw(key, deviations, "normal")
         sampled = trees.map_selected(

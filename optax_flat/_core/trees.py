@@ -1,5 +1,6 @@
 """Pytree helpers: dtypes, copies, norms and selections."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,12 @@ def _array(leaf: Any) -> Any:
     if hasattr(leaf, "dtype"):
         return leaf
     return jnp.asarray(leaf, jnp.result_type(leaf))
+
+
+def plain(tree: Any) -> Any:
+    """The tree with arrays in the place of NNX's variables."""
+    nnx: Any = sys.modules.get("flax.nnx")  # where it is not there, they are not
+    return tree if nnx is None else nnx.as_pure(tree)
 
 
 def copy(tree: Any, params: Any = None) -> Any:

@@ -306,9 +306,10 @@ def lawa(
         def ring(leaf):
             return jnp.broadcast_to(leaf, (k, *leaf.shape))
 
-        # Sharded like the params, behind its own axis.
+        # Sharded like the params, behind its own axis; what NNX's variables say of
+        # theirs is not true of it.
         shard = jax.vmap(trees.sharded_like, (0, None))
-        checkpoints = jax.tree.map(lambda leaf: shard(ring(leaf), leaf), x)
+        checkpoints = jax.tree.map(lambda leaf: shard(ring(leaf), leaf), trees.plain(x))
         return LawaState(count, count, checkpoints, inner_state)
 
     def absorb(state, point, made):
@@ -321,7 +322,7 @@ def lawa(
             new = jnp.where(due, jnp.where(jnp.isfinite(w), w, kept), old)
             return jax.lax.dynamic_update_index_in_dim(ring, new, place, 0)
 
-        checkpoints = jax.tree.map(stored, state.checkpoints, point)
+        checkpoints = jax.tree.map(stored, state.checkpoints, trees.plain(point))
         taken = trees.saturating_add(state.taken, due.astype(jnp.int32))
         return state._replace(taken=taken, checkpoints=checkpoints)
 
