@@ -518,6 +518,18 @@ def test_lawa_in_flax_with_sharded_params(wrap):
     np.testing.assert_allclose(average["kernel"][...], rings[0].mean(0), rtol=1e-6)
 
 
+def test_draws_on_an_explicit_mesh_need_no_context():
+    """Outside `jit` nothing but an array tells on which devices."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    x = jnp.ones((16, 4))
+    sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+    tx = optax_flat.ivon(0.1, ess=10.0, key=0)
+    drawn, expected = (
+        optax_flat.sample_params(tx.init(params), params, 1) for params in (sharded, x)
+    )
+    assert_equal(np.asarray(drawn), np.asarray(expected))
+
+
 def test_a_walk_is_no_outer_optimizer():
     for mode in MODES:
         inner = optax_flat.sam(optax.sgd(0.1), mode=mode)

@@ -91,6 +91,7 @@ def draw_from(seed: jax.Array, like: Any, kind: str, scale: Any = 1.0) -> Any:
     draws = [
         _draw_leaf(
             seed + first, seed[1] + block, jnp.asarray(scale, leaf.dtype),
+            leaf if _sharding(leaf) is not None else None,
             shape=leaf.shape, dtype=leaf.dtype, sharding=_sharding(leaf), kind=kind,
         )
         for leaf, (first, block) in zip(leaves, _numbers(leaves), strict=True)
@@ -139,8 +140,14 @@ def _sharding(leaf):
 
 
 # Compiled for itself where an update is not jitted, and traced once for each shape.
-@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding", "kind"))
-def _draw_leaf(first, block, scale, *, shape, dtype, sharding, kind):
+# On an Explicit mesh an array of it says on which devices that is.
+@functools.partial(
+    jax.jit,
+    static_argnames=("shape", "dtype", "sharding", "kind"),
+    keep_unused=True,
+)
+def _draw_leaf(first, block, scale, there, *, shape, dtype, sharding, kind):
+    del there
     outer, inner = _split(shape)
     axes = [
         jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
