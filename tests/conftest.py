@@ -22,6 +22,8 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
+collect_ignore = ["tutorial_for_tpu.py"]  # a script; it needs a TPU's compiler
+
 import jax  # noqa: E402 - reads the environment
 import pytest  # noqa: E402
 

@@ -128,9 +128,8 @@ def test_an_error_of_the_users_stays_what_it_is():
 
     tx = optax_flat.sam(optax.sgd(0.1))
     x = jnp.ones(2)
-    with pytest.raises(MineError, match="mine") as caught:
+    with pytest.raises(MineError, match="mine"):
         tx.update(x, tx.init(x), x, grad_fn=grad_fn)
-    assert "give `batches=`" in caught.value.__notes__[0]
 
 
 # Accumulation

@@ -85,7 +85,8 @@ def in_dtype_of(
     """`output_fn` of params that are given in the accumulators' dtype."""
 
     def evaluated(point):
-        return output_fn(trees.cast_like(point, params))
+        point = trees.cast_like(point, params)
+        return output_fn(trees.where_finite(params, point, params))
 
     return convolutions.fast_if(fast_convolutions, evaluated)
 

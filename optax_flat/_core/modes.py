@@ -125,7 +125,7 @@ class _Walker(NamedTuple):
         return memory
 
     def begin(self, memory, params):
-        inner = trees.arrays(self.walk.start(memory, trees.finite(params)))
+        inner = trees.arrays(self.walk.start(memory, params))
         transform_state = trees.arrays(self.inner_transform.init(inner.point))
         return _Progress(inner, transform_state, jnp.array(True))
 
@@ -134,32 +134,38 @@ class _Walker(NamedTuple):
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
         grads = trees.cast_like(trees.where_finite(first_point, grads), inner.point)
-        grads, new_transform_state = self.inner_transform.update(
-            grads, transform_state, inner.point, **extra_args
-        )
+
+        def step(inner):
+            updates, state = self.inner_transform.update(
+                grads, transform_state, inner.point, **extra_args
+            )
+            more = extra_args if _takes_extra_args(self.walk.step) else {}
+            return self.walk.step(memory, inner, updates, **more), state
+
+        inner, new_transform_state = _among_finite(step, inner, first_point)
         # Loops and conditionals need the same types before and after.
-        more = extra_args if _takes_extra_args(self.walk.step) else {}
-        new_inner = self.walk.step(memory, inner, grads, **more)
-        new_inner = trees.cast_like(new_inner, inner)
         new_transform_state = trees.cast_like(new_transform_state, transform_state)
         if self.skip_nonfinite:
-            finite &= trees.all_finite(new_inner)
-        return _Progress(new_inner, new_transform_state, finite)
+            finite &= trees.all_finite(_cleaned(inner, first_point))
+        return _Progress(inner, new_transform_state, finite)
 
-    def move(self, memory, progress):
+    def move(self, memory, first_point, progress):
         """To the next point, where another gradient follows."""
         if self.walk.move is None:
             return progress
-        moved = self.walk.move(memory, progress.inner)
-        moved = trees.cast_like(moved, progress.inner)
+
+        def move(inner):
+            return self.walk.move(memory, inner), None
+
+        inner, _ = _among_finite(move, progress.inner, first_point)
         finite = progress.finite
         if self.skip_nonfinite:
-            finite &= trees.all_finite(moved)
-        return progress._replace(inner=moved, finite=finite)
+            finite &= trees.all_finite(_cleaned(inner, first_point))
+        return progress._replace(inner=inner, finite=finite)
 
     def finish(self, memory, progress, first_point, extra_args):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
-        inner, _, finite = progress
+        finite, inner = progress.finite, _cleaned(progress.inner, first_point)
         more = extra_args if _takes_extra_args(self.walk.finish) else {}
         updates, new_memory = self.walk.finish(
             memory, inner, trees.finite(first_point), **more
@@ -172,6 +178,46 @@ class _Walker(NamedTuple):
         updates = trees.where(finite, updates, optax.tree.zeros_like(updates))
         new_memory = trees.where(finite, new_memory, memory)
         return updates, new_memory, jnp.where(finite, 0, 1).astype(jnp.int32)
+
+
+def _cleaned(inner, first_point):
+    """A walk's state, its trees like the params with zeros where these are not finite.
+
+    These are made anew wherever they are needed, which costs no memory: XLA makes them
+    within what reads them. Kept in the state they would be copies of the params.
+    """
+    structure = jax.tree.structure(first_point)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(first_point)]
+
+    def is_like_params(part):
+        return jax.tree.structure(part) == structure
+
+    def clean(part):
+        leaves = jax.tree.leaves(part)
+        floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+        same = is_like_params(part) and [jnp.shape(leaf) for leaf in leaves] == shapes
+        return trees.where_finite(first_point, part) if same and floats else part
+
+    return jax.tree.map(clean, inner, is_leaf=is_like_params)
+
+
+def _among_finite(change, inner, first_point):
+    """What `change` makes of a walk's state that it sees cleaned, and what else.
+
+    The point has what the params have where these are not finite, for the model.
+    """
+    clean = _cleaned(inner, first_point)
+    new, rest = change(clean)
+    # What was passed on is what it was, so that loops see that it is constant.
+    new = jax.tree.map(lambda n, c, was: was if n is c else n, new, clean, inner)
+    new = trees.cast_like(new, inner)
+
+    def restored(n, was, p):
+        moved = jnp.where(jnp.isfinite(p), n, p.astype(n.dtype))
+        return n if n is was else moved
+
+    point = jax.tree.map(restored, new.point, inner.point, first_point)
+    return new._replace(point=point), rest
 
 
 def scanned(
@@ -312,11 +358,9 @@ def scanned(
             )
 
             def gradient_and_step(progress, aux, batch):
-                progress = walker.move(memory, progress)
+                progress = walker.move(memory, params, progress)
                 point = trees.cast_like(progress.inner.point, params)
-                grads, aux = gradient(
-                    trees.where_finite(params, point, params), batch, aux
-                )
+                grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
                 return consume(progress, grads), aux
 
@@ -450,7 +494,7 @@ def transparent(
             last |= walk.ends(memory, progress.inner) & jnp.logical_not(strayed)
         if walk.move is not None:
             # Selected, not branched: a branch copies all that goes through it.
-            moved = walker.move(memory, progress)
+            moved = walker.move(memory, first_point, progress)
             progress = trees.where(last, progress, moved)
 
         def go_on(memory, progress, first_point, params):
@@ -482,7 +526,7 @@ def transparent(
             memory,
             jnp.where(ended, 0, state.step + 1).astype(jnp.int32),
             jax.tree.map(
-                lambda m, f, p: jnp.where(ended, m, f) if _is_narrow(p) else f,
+                lambda m, f, p: jnp.where(ended, m if _is_narrow(p) else 0.0, f),
                 missed,
                 first_point,
                 params,
@@ -790,14 +834,15 @@ def _with_number(grad_fn, point, number, *aux):
     """`grad_fn` with the number of the gradient, where there are no `batches`."""
     try:
         return grad_fn(point, number, *aux)
-    except Exception as error:
-        error.add_note(
+    except (AttributeError, LookupError, TypeError) as error:
+        # What comes of using a number as a minibatch. All others are the user's own.
+        raise TypeError(
             "`update` was given `grad_fn` without `batches`, so `grad_fn(params, i)` "
-            "got the number of the gradient, a traced int, as its batch. If it wants "
-            "minibatches, give `batches=`, those of all gradients but the first, "
-            "stacked along a leading axis."
-        )
-        raise
+            "got the number of the gradient, a traced int, as its batch, and raised "
+            f"{type(error).__name__}. Give `batches=`, the minibatches of all "
+            "gradients but the first, stacked along a leading axis, or a `grad_fn` "
+            "that looks its minibatch up by number."
+        ) from error
 
 
 def _takes_extra_args(function) -> bool:

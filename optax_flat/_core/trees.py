@@ -342,7 +342,10 @@ def map_selected(
         if is_masked(s):
             return w
         if jnp.shape(s) != jnp.shape(w):
-            raise ValueError(f"leaves of shapes {jnp.shape(s)} and {jnp.shape(w)}")
+            raise ValueError(
+                "`params` must have the shapes of those that the state was made for, "
+                f"got {jnp.shape(w)}, expected {jnp.shape(s)}"
+            )
         return fn(s, w, *more)
 
     return jax.tree.map(one, selected, whole, *others, is_leaf=is_masked)

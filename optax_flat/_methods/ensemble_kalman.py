@@ -314,7 +314,7 @@ def _transformation(
 
     def init(params):
         checks.float_params(params)
-        x = trees.accumulator(trees.concrete(params))
+        x = trees.accumulator(trees.finite(trees.concrete(params)))
         first = _on_devices(fresh, sharding, (everywhere, everywhere), shards)
         e = first(jax.random.fold_in(key, _FIRST), x)
         zero = jnp.zeros([], jnp.int32)
@@ -375,10 +375,11 @@ def _transformation(
                 before if extrapolates else None,
             )
 
-        x = trees.accumulator(params)
+        x = trees.accumulator(trees.finite(params))
         both = (everywhere, specs)
         after, state = _on_devices(step, sharding, both, both)(x, state)
-        return trees.cast_like(optax.tree.sub(after, x), params), state
+        updates = trees.where_finite(params, optax.tree.sub(after, x))
+        return trees.cast_like(updates, params), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

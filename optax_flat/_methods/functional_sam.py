@@ -100,7 +100,8 @@ def functional_sam(
     def init(params):
         checks.float_params(params)
         params = trees.concrete(params)
-        w, zero = trees.accumulator(params, accumulator_dtype), jnp.zeros([], jnp.int32)
+        w = trees.accumulator(trees.finite(params), accumulator_dtype)
+        zero = jnp.zeros([], jnp.int32)
         state = FunctionalSAMState(zero, zero, zero, outer.init(w), ascent.init(w))
         return trees.copy(state, params)
 
@@ -113,20 +114,21 @@ def functional_sam(
         loss_fn: Any = None,
         **extra_args,
     ):
-        del updates, extra_args
+        del updates
         checks.float_params(params)
         ensembles.check_functions(params, output_fn=output_fn, loss_fn=loss_fn)
         layout.check(init, state, params)
-        w = trees.accumulator(params, accumulator_dtype)
+        w = trees.accumulator(trees.finite(params), accumulator_dtype)
         outputs, transpose = jax.vjp(output_fn, params)
         wanted = trees.cast_like(jax.grad(loss_fn)(outputs), outputs)
-        grads = trees.cast_like(transpose(wanted)[0], w)
+        grads = trees.where_finite(params, trees.cast_like(transpose(wanted)[0], w))
         a, ascent_state = ascent.update(grads, state.ascent_state, w)
         radius = at(rho, state.count)
         there = jax.tree.map(lambda w, a: w + radius * a, w, a)
-        _, transpose = jax.vjp(output_fn, trees.cast_like(there, params))
-        grads = trees.cast_like(transpose(wanted)[0], w)
-        steps, outer_state = outer.update(grads, state.outer_state, w)
+        there = trees.where_finite(params, trees.cast_like(there, params), params)
+        _, transpose = jax.vjp(output_fn, there)
+        grads = trees.where_finite(params, trees.cast_like(transpose(wanted)[0], w))
+        steps, outer_state = outer.update(grads, state.outer_state, w, **extra_args)
         after = FunctionalSAMState(
             jnp.asarray(optax.safe_increment(state.count)),
             trees.saturating_add(state.gradient_evaluations, 2),
@@ -134,6 +136,7 @@ def functional_sam(
             outer_state,
             ascent_state,
         )
+        steps = trees.where_finite(params, steps)
         return trees.cast_like(steps, params), trees.cast_like(after, state)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_flat._core import checks, keys, layout, trees
+from optax_flat._core import checks, keys, trees
 from optax_flat._core.arguments import NoiseArguments, factory
 from optax_flat._core.gradient import by_gradient, counted
 from optax_flat._core.hyperparams import at, is_zero
@@ -122,19 +122,7 @@ def add_langevin_noise(
       2 / N of ours.
     """
     checks.number("step_size", step_size, 0.0)
-    key, kind = _check(temperature, **noise)
-
-    def init(x):
-        del x
-        return LangevinNoiseState(jnp.zeros([], jnp.int32), keys.data(key))
-
-    def step(state, drift, x, **extra_args):
-        del x, extra_args
-        variance = 2.0 * at(step_size, state.count)
-        noisy = _add_noise(drift, key, state, temperature, variance, kind=kind)
-        return noisy, LangevinNoiseState(counted(state.count), state.key)
-
-    return by_gradient(init, step)
+    return _noisy(lambda updates, _: updates, step_size, temperature, **noise)
 
 
 @factory
@@ -201,17 +189,11 @@ def sgld(
       ours.
     """
     checks.number("learning_rate", learning_rate, 0.0)
-    add_noise = add_langevin_noise(learning_rate, temperature, **noise)
 
-    def update(updates, state, params=None, **extra_args):
-        del params, extra_args
-        layout.check(add_noise.init, state, updates)
-        rate = at(learning_rate, state.count)
-        drift = jax.tree.map(lambda g: -rate * g, trees.accumulator(updates))
-        steps, state = add_noise.update(drift, state)
-        return trees.cast_like(steps, updates), state
+    def drift(grads, rate):
+        return jax.tree.map(lambda g: -rate * g, grads)
 
-    return optax.GradientTransformationExtraArgs(add_noise.init, update)
+    return _noisy(drift, learning_rate, temperature, **noise)
 
 
 @factory
@@ -388,6 +370,28 @@ def sghmc(
         mu = _add_noise(mu, key, state, temperature, 2.0 * c * rate, kind=kind)
         mu = trees.cast_like(mu, state.mu)
         return mu, SGHMCState(counted(state.count), state.key, mu)
+
+    return by_gradient(init, step)
+
+
+def _noisy(drift, step_size, temperature, **noise):
+    """A Langevin step: what `drift` makes of the gradient and the step size, and noise.
+
+    The state is but a count and the key.
+    """
+    key, kind = _check(temperature, **noise)
+
+    def init(x):
+        del x
+        return LangevinNoiseState(jnp.zeros([], jnp.int32), keys.data(key))
+
+    def step(state, grads, x, **extra_args):
+        del x, extra_args
+        eta = at(step_size, state.count)
+        noisy = _add_noise(
+            drift(grads, eta), key, state, temperature, 2.0 * eta, kind=kind
+        )
+        return noisy, LangevinNoiseState(counted(state.count), state.key)
 
     return by_gradient(init, step)
 

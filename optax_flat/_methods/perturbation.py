@@ -198,7 +198,7 @@ def perturbation_gradient(
         params = trees.concrete(params)
         ensembles.deviations_like(spread, params)
         zero = jnp.zeros([], jnp.int32)
-        outer_state = outer.init(trees.accumulator(params))
+        outer_state = outer.init(trees.accumulator(trees.finite(params)))
         data = keys.data(key)
         state = PerturbationGradientState(zero, data, zero, zero, outer_state)
         return trees.copy(state, params)
@@ -212,11 +212,11 @@ def perturbation_gradient(
         loss_fn: Any = None,
         **extra_args,
     ):
-        del updates, extra_args
+        del updates
         checks.float_params(params)
         ensembles.check_functions(params, output_fn=output_fn, loss_fn=loss_fn)
         layout.check(init, state, params)
-        x = trees.accumulator(params)
+        x = trees.accumulator(trees.finite(params))
         s = ensembles.deviations_like(spread, x)
         update_key = keys.fold_in(state.key, state.count, key)
         evaluated = ensembles.in_dtype_of(output_fn, params, fast_convolutions)
@@ -246,7 +246,7 @@ def perturbation_gradient(
         g = trees.cast_like(g, x)
 
         def move(g, outer_state, x):
-            steps, outer_state = outer.update(g, outer_state, x)
+            steps, outer_state = outer.update(g, outer_state, x, **extra_args)
             return trees.cast_like((steps, outer_state), (x, state.outer_state))
 
         def stay(g, outer_state, x):
@@ -257,6 +257,7 @@ def perturbation_gradient(
             healthy > 0, move, stay, g, state.outer_state, x
         )
         passes = ensemble_size * (1 + antithetic) + 1
+        steps = trees.where_finite(params, steps)
         return trees.cast_like(steps, params), PerturbationGradientState(
             jnp.asarray(optax.safe_increment(state.count)),
             state.key,
