@@ -129,11 +129,11 @@ class _Walker(NamedTuple):
         transform_state = trees.arrays(self.inner_transform.init(inner.point))
         return _Progress(inner, transform_state, jnp.array(True))
 
-    def consume(self, memory, first_point, extra_args, progress, grads):
+    def consume(self, memory, extra_args, progress, grads):
         """One gradient."""
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
-        grads = trees.cast_like(trees.where_finite(first_point, grads), inner.point)
+        grads = trees.where_finite(inner.point, trees.cast_like(grads, inner.point))
 
         def step(inner):
             updates, state = self.inner_transform.update(
@@ -142,14 +142,14 @@ class _Walker(NamedTuple):
             more = extra_args if _takes_extra_args(self.walk.step) else {}
             return self.walk.step(memory, inner, updates, **more), state
 
-        inner, new_transform_state = _among_finite(step, inner, first_point)
+        new, new_transform_state = _among_finite(step, inner)
         # Loops and conditionals need the same types before and after.
         new_transform_state = trees.cast_like(new_transform_state, transform_state)
         if self.skip_nonfinite:
-            finite &= trees.all_finite(_cleaned(inner, first_point))
-        return _Progress(inner, new_transform_state, finite)
+            finite &= trees.all_finite(_cleaned(new, inner.point))
+        return _Progress(new, new_transform_state, finite)
 
-    def move(self, memory, first_point, progress):
+    def move(self, memory, progress):
         """To the next point, where another gradient follows."""
         if self.walk.move is None:
             return progress
@@ -157,11 +157,11 @@ class _Walker(NamedTuple):
         def move(inner):
             return self.walk.move(memory, inner), None
 
-        inner, _ = _among_finite(move, progress.inner, first_point)
+        new, _ = _among_finite(move, progress.inner)
         finite = progress.finite
         if self.skip_nonfinite:
-            finite &= trees.all_finite(_cleaned(inner, first_point))
-        return progress._replace(inner=inner, finite=finite)
+            finite &= trees.all_finite(_cleaned(new, progress.inner.point))
+        return progress._replace(inner=new, finite=finite)
 
     def finish(self, memory, progress, first_point, extra_args):
         """Updates in the params' dtype, the new memory, and whether it was skipped."""
@@ -180,43 +180,42 @@ class _Walker(NamedTuple):
         return updates, new_memory, jnp.where(finite, 0, 1).astype(jnp.int32)
 
 
-def _cleaned(inner, first_point):
-    """A walk's state, its trees like the params with zeros where these are not finite.
+def _cleaned(inner, point):
+    """A walk's state, its trees like a point with zeros where that is not finite.
 
     These are made anew wherever they are needed, which costs no memory: XLA makes them
     within what reads them. Kept in the state they would be copies of the params.
     """
-    structure = jax.tree.structure(first_point)
-    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(first_point)]
+    structure = jax.tree.structure(point)
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(point)]
 
-    def is_like_params(part):
+    def is_like_point(part):
         return jax.tree.structure(part) == structure
 
     def clean(part):
         leaves = jax.tree.leaves(part)
         floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
-        same = is_like_params(part) and [jnp.shape(leaf) for leaf in leaves] == shapes
-        return trees.where_finite(first_point, part) if same and floats else part
+        same = is_like_point(part) and [jnp.shape(leaf) for leaf in leaves] == shapes
+        return trees.where_finite(point, part) if same and floats else part
 
-    return jax.tree.map(clean, inner, is_leaf=is_like_params)
+    return jax.tree.map(clean, inner, is_leaf=is_like_point)
 
 
-def _among_finite(change, inner, first_point):
+def _among_finite(change, inner):
     """What `change` makes of a walk's state that it sees cleaned, and what else.
 
-    The point has what the params have where these are not finite, for the model.
+    Where the point is not finite it stays, for the model is to see its mask.
     """
-    clean = _cleaned(inner, first_point)
+    clean = _cleaned(inner, inner.point)
     new, rest = change(clean)
     # What was passed on is what it was, so that loops see that it is constant.
     new = jax.tree.map(lambda n, c, was: was if n is c else n, new, clean, inner)
     new = trees.cast_like(new, inner)
 
-    def restored(n, was, p):
-        moved = jnp.where(jnp.isfinite(p), n, p.astype(n.dtype))
-        return n if n is was else moved
+    def moved(n, was):
+        return n if n is was else jnp.where(jnp.isfinite(was), n, was)
 
-    point = jax.tree.map(restored, new.point, inner.point, first_point)
+    point = jax.tree.map(moved, new.point, inner.point)
     return new._replace(point=point), rest
 
 
@@ -345,7 +344,7 @@ def scanned(
         params, memory = trees.concrete(params), state.memory
         value_fn = extra_args.get("value_fn")
         extra_args = _for_walk(extra_args, params, num_groups)
-        consume = functools.partial(walker.consume, memory, params, extra_args)
+        consume = functools.partial(walker.consume, memory, extra_args)
         progress = grouped(consume, None, 0)(walker.begin(memory, params), updates)
         progress = of_groups(progress, updates)
         taken: Any = 1
@@ -358,7 +357,7 @@ def scanned(
             )
 
             def gradient_and_step(progress, aux, batch):
-                progress = walker.move(memory, params, progress)
+                progress = walker.move(memory, progress)
                 point = trees.cast_like(progress.inner.point, params)
                 grads, aux = gradient(point, batch, aux)
                 checks.same_structure("The gradient `grad_fn` returns", grads, params)
@@ -485,7 +484,7 @@ def transparent(
         kept = _Progress(state.inner, state.inner_transform_state, state.finite)
         begun = trees.cast_like(walker.begin(memory, first_point), kept)
         progress = trees.where(state.step == 0, begun, kept)
-        progress = walker.consume(memory, first_point, extra_args, progress, updates)
+        progress = walker.consume(memory, extra_args, progress, updates)
         # A longer walk was under way when this state was saved. Its gradients are not
         # for this one, which begins anew.
         strayed = state.step >= walk.length
@@ -494,7 +493,7 @@ def transparent(
             last |= walk.ends(memory, progress.inner) & jnp.logical_not(strayed)
         if walk.move is not None:
             # Selected, not branched: a branch copies all that goes through it.
-            moved = walker.move(memory, first_point, progress)
+            moved = walker.move(memory, progress)
             progress = trees.where(last, progress, moved)
 
         def go_on(memory, progress, first_point, params):
