@@ -134,15 +134,11 @@ class _Walker(NamedTuple):
         inner, transform_state, finite = progress
         # Gradients arrive in the params' dtype; the walk adds up in the accumulators'.
         grads = trees.where_finite(inner.point, trees.cast_like(grads, inner.point))
-
-        def step(inner):
-            updates, state = self.inner_transform.update(
-                grads, transform_state, inner.point, **extra_args
-            )
-            more = extra_args if _takes_extra_args(self.walk.step) else {}
-            return self.walk.step(memory, inner, updates, **more), state
-
-        new, new_transform_state = _among_finite(step, inner)
+        grads, new_transform_state = self.inner_transform.update(
+            grads, transform_state, trees.finite(inner.point), **extra_args
+        )
+        more = extra_args if _takes_extra_args(self.walk.step) else {}
+        new = _with_mask(self.walk.step(memory, inner, grads, **more), inner)
         # Loops and conditionals need the same types before and after.
         new_transform_state = trees.cast_like(new_transform_state, transform_state)
         if self.skip_nonfinite:
@@ -153,14 +149,11 @@ class _Walker(NamedTuple):
         """To the next point, where another gradient follows."""
         if self.walk.move is None:
             return progress
-
-        def move(inner):
-            return self.walk.move(memory, inner), None
-
-        new, _ = _among_finite(move, progress.inner)
-        finite = progress.finite
+        inner, _, finite = progress
+        clean = inner._replace(point=trees.finite(inner.point))
+        new = _with_mask(self.walk.move(memory, clean), inner)
         if self.skip_nonfinite:
-            finite &= trees.all_finite(_cleaned(new, progress.inner.point))
+            finite &= trees.all_finite(_cleaned(new, inner.point))
         return progress._replace(inner=new, finite=finite)
 
     def finish(self, memory, progress, first_point, extra_args):
@@ -183,8 +176,7 @@ class _Walker(NamedTuple):
 def _cleaned(inner, point):
     """A walk's state, its trees like a point with zeros where that is not finite.
 
-    These are made anew wherever they are needed, which costs no memory: XLA makes them
-    within what reads them. Kept in the state they would be copies of the params.
+    Made where it is needed: kept in the state these would be copies of the params.
     """
     structure = jax.tree.structure(point)
     shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(point)]
@@ -201,22 +193,14 @@ def _cleaned(inner, point):
     return jax.tree.map(clean, inner, is_leaf=is_like_point)
 
 
-def _among_finite(change, inner):
-    """What `change` makes of a walk's state that it sees cleaned, and what else.
-
-    Where the point is not finite it stays, for the model is to see its mask.
-    """
-    clean = _cleaned(inner, inner.point)
-    new, rest = change(clean)
-    # What was passed on is what it was, so that loops see that it is constant.
-    new = jax.tree.map(lambda n, c, was: was if n is c else n, new, clean, inner)
+def _with_mask(new, inner):
+    """The state after a change; its point stays where it was not finite."""
     new = trees.cast_like(new, inner)
 
     def moved(n, was):
         return n if n is was else jnp.where(jnp.isfinite(was), n, was)
 
-    point = jax.tree.map(moved, new.point, inner.point)
-    return new._replace(point=point), rest
+    return new._replace(point=jax.tree.map(moved, new.point, inner.point))
 
 
 def scanned(
