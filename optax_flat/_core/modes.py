@@ -82,10 +82,10 @@ class TransparentState(NamedTuple):
     memory: Any  # the walk's own state between outer updates
     # All below belongs to the current walk.
     step: jax.Array  # int32, [], gradients consumed in this walk, in [0, length)
-    # Where the walk started, in at least float32. Between walks, for params in 16 bits,
-    # how far from there they are: the last step, to a place that has more digits than
-    # the step, can miss it by more than rounding may.
-    first_point: optax.Params
+    first_point: optax.Params  # where the walk started, in the params' dtype
+    # How far params in 16 bits are from the anchor when a walk starts, in float32: the
+    # step there misses a place that has more digits than itself. [] for wider params.
+    missed: optax.Params
     inner: Any  # the walk's state
     inner_transform_state: optax.OptState
     finite: jax.Array  # bool, [], nothing became non-finite (always with no guard)
@@ -445,9 +445,9 @@ def transparent(
         params = trees.concrete(params)
         memory = walker.init(params)
         zero = jnp.zeros([], jnp.int32)
-        nothing = optax.tree.zeros_like(trees.accumulator(params))
+        missed = jax.tree.map(_missed, optax.tree.zeros_like(params), params)
         return TransparentState(
-            zero, zero, memory, zero, nothing, *walker.begin(memory, params)
+            zero, zero, memory, zero, params, missed, *walker.begin(memory, params)
         )
 
     def init(params):
@@ -502,18 +502,14 @@ def transparent(
         updates = trees.where_finite(first_point, updates)
         ended = last | strayed
         missed = trees.finite(optax.tree.sub(target, there))
-        first_point = trees.accumulator(first_point)
+        missed = jax.tree.map(_missed, missed, params)
         return trees.cast_like(updates, params), TransparentState(
             trees.saturating_add(state.gradient_evaluations, 1),
             trees.saturating_add(state.skipped, skipped),
             memory,
             jnp.where(ended, 0, state.step + 1).astype(jnp.int32),
-            jax.tree.map(
-                lambda m, f, p: jnp.where(ended, m if _is_narrow(p) else 0.0, f),
-                missed,
-                first_point,
-                params,
-            ),
+            first_point,
+            trees.where(ended, missed, state.missed),
             *progress,
         )
 
@@ -851,15 +847,17 @@ def _for_walk(extra_args, params, num_groups=1):
 def _first_point(state, params):
     """Where the walk of a `TransparentState` started, in the params' dtype."""
 
-    def place(kept, p):
-        back = (p.astype(kept.dtype) + kept).astype(p.dtype) if _is_narrow(p) else p
-        return jnp.where(state.step == 0, back, kept.astype(p.dtype))
+    def place(first, p, missed):
+        here = (p.astype(missed.dtype) + missed).astype(p.dtype)
+        return jnp.where(state.step == 0, here, first)
 
-    return trees.map_selected(place, state.first_point, params)
+    return trees.map_selected(place, state.first_point, params, state.missed)
 
 
-def _is_narrow(leaf) -> bool:
-    return jnp.finfo(leaf.dtype).bits < 32
+def _missed(missed, param):
+    """What a state keeps of it, see `TransparentState`."""
+    is_narrow = jnp.finfo(param.dtype).bits < 32
+    return missed.astype(jnp.float32) if is_narrow else jnp.zeros([], param.dtype)
 
 
 def _within_reach(point, first_point):
