@@ -241,6 +241,26 @@ def test_master_weights_follow_params_that_were_replaced():
     )
 
 
+@every_mode
+@pytest.mark.parametrize("name", ["sam", "lookbehind_sam", "sampa"])
+def test_rules_that_read_the_params_see_no_infinities(name, mode):
+    """|w| times a gradient of 0 would be NaN, and with it the norm."""
+    make = {"lookbehind_sam": {"num_steps": 1}}.get(name, {})
+    rule = optax_flat.ascent.adaptive_unit()
+    tx = getattr(optax_flat, name)(
+        optax.adamw(0.1), ascent=rule, mode=mode, skip_nonfinite=True, **make
+    )
+    params = {"w": jnp.ones((2, 2)), "mask": jnp.array([[0.0, -jnp.inf]])}
+    grad = jax.grad(lambda p, i: jnp.sum(p["w"] ** 2) / 2)
+    extra = {"grad_fn": grad} if mode == "scanned" else {}
+    state = tx.init(params)
+    for _ in range(4):
+        updates, state = tx.update(grad(params, 0), state, params, **extra)
+        params = optax.apply_updates(params, updates)
+    assert int(state.skipped) == 0
+    assert bool(jnp.all(params["w"] < 1)) and params["mask"][0, 1] == -jnp.inf
+
+
 # 16 bits
 
 

@@ -107,7 +107,9 @@ class _Walker(NamedTuple):
     """A walk with its inner transformation: what both modes do with one gradient.
 
     Entries of the params that are not finite, as in a mask of -inf among them, stay as
-    they are: the walk sees zeros there, and the model what it had.
+    they are. Their gradients are zero; rules, optimizers and the end of a walk see
+    zeros there, and the model what it had. `Walk.step` sees them as they are, which
+    is right entry by entry.
     """
 
     walk: Walk

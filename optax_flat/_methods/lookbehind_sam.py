@@ -138,12 +138,13 @@ def lookbehind_sam(
     def step(memory, inner, grads, **extra_args):
         is_first = inner.taken == 0
         steps, outer_state = outer.update(
-            grads, inner.outer_state, inner.fast, **extra_args
+            grads, inner.outer_state, trees.finite(inner.fast), **extra_args
         )
         outer_state = trees.cast_like(outer_state, inner.outer_state)
         fast = optax.tree.add(inner.fast, steps)
         # The rule moves on once per update, as all else.
-        a, ascent_state = ascent.update(grads, memory.ascent_state, inner.point)
+        there = trees.finite(inner.point)
+        a, ascent_state = ascent.update(grads, memory.ascent_state, there)
         radius = at(rho, memory.count)
         return _Inner(
             inner.taken + 1,

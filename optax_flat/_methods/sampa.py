@@ -135,7 +135,7 @@ def sampa(
         return _Inner(jnp.zeros([], jnp.int32), y, zeros, zeros)
 
     def perturbation(memory, w):
-        return ascent.update(memory.ahead, memory.ascent_state, w)
+        return ascent.update(memory.ahead, memory.ascent_state, trees.finite(w))
 
     def step(memory, inner, grads):
         is_first = inner.taken == 0
