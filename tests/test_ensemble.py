@@ -910,3 +910,14 @@ def test_spread_that_does_not_fit(shape):
     ):
         with pytest.raises(ValueError, match="broadcasts .* for a leaf of shape"):
             make().init(params)
+
+
+def test_an_axis_that_is_not_there_is_refused():
+    tx = optax_flat.ensemble_kalman(
+        ensemble_size=4, spread=0.1, output_axis_name="examples", key=0
+    )
+    x = jnp.ones(2)
+    with pytest.raises(ValueError, match="`output_axis_name` is 'examples'"):
+        tx.update(
+            None, tx.init(x), x, output_fn=lambda x: x, loss_fn=lambda z: jnp.sum(z**2)
+        )

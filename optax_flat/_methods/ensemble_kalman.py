@@ -434,6 +434,17 @@ def _on_devices(fn, sharding, in_specs, out_specs):
 # members gave finite numbers.
 
 
+def _place(output_axis_name):
+    try:
+        return jax.lax.axis_index(output_axis_name)
+    except NameError as error:
+        raise ValueError(
+            f"`output_axis_name` is {output_axis_name!r}, but no axis has that name "
+            "here. Call `update` inside jax.shard_map over a mesh axis of that name, "
+            "or make the optimizer without it."
+        ) from error
+
+
 def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
     """The explicit form."""
     ensembles.check_functions((), loss_fn=loss_fn)
@@ -443,8 +454,7 @@ def _descent(loss_fn, *, step_size, eps, output_noise, output_axis_name):
         z = ensembles.flat(outputs, leading=1)
         noise_key = key
         if output_axis_name is not None:  # other examples, other noise
-            place = jax.lax.axis_index(output_axis_name)
-            noise_key = jax.random.fold_in(key, place)
+            noise_key = jax.random.fold_in(key, _place(output_axis_name))
         scale = at(output_noise, count)
         noise = _output_noise(members, noise_key, outputs, scale)
         observed = optax.tree.add(outputs, noise)
