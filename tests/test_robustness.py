@@ -216,10 +216,8 @@ READ = {
 def test_readers_refuse_params_of_other_shapes(kind, shape):
     dtype = jnp.bfloat16 if kind == "master" else jnp.float32
     state = READ[kind].init(jnp.zeros((3, 4), dtype))
-    with pytest.raises(ValueError, match=r"belongs to other params.*jax\.vmap|"):
-        read = optax_flat.eval_params(state, jnp.ones(shape, dtype))
-        assert read.shape == shape, "broadcast"
-        raise AssertionError("taken")
+    with pytest.raises(ValueError, match=r"(?s)belongs to other params.*jax\.vmap"):
+        optax_flat.eval_params(state, jnp.ones(shape, dtype))
 
 
 def test_master_weights_follow_params_that_were_replaced():
